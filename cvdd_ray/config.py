@@ -1,0 +1,271 @@
+"""The one description of a run: frozen, typed, every default in one place (sources: spec sections 1-8)."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class DataConfig(Section):
+    source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet"] = "digits"
+    """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files."""
+    path: str | None = None
+    """Directory of the data (torchvision root, image folder, or a directory/file of Parquet). Not used by `digits`."""
+    dataset: str | None = None
+    """Row of the dataset table (mean, std, size, roll) for `folder` and `parquet` sources; None: ImageNet statistics."""
+    image_size: Positive | None = None
+    """Side of the square input in pixels; None: the dataset table's."""
+    classes: tuple[str, ...] | None = None
+    """Expected class names in label order; None: taken from the source. A different list or order is an error."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of train kept for priors and sweeps, class by class, so that nothing is selected on test."""
+    max_per_class: Positive | None = None
+    """Use at most this many train images per class (seeded choice, before the hold-out is taken); None: all."""
+    max_test: Positive | None = None
+    """Use at most this many test images (seeded choice); None: all."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What to do with an unreadable image file: stop and name it, or leave it out and count it."""
+    download: bool = False
+    """Let torchvision download CIFAR or Imagenette when `path` does not hold it."""
+
+
+class CommitteeConfig(Section):
+    experts: tuple[str, ...] = ("resnet18", "resnet50", "shufflenet_v2", "mobilenet_v2", "densenet121")
+    """Backbones of the committee, in voting order."""
+    width: PositiveFloat = 1.0
+    """Channel multiplier of every expert at 32/64 px; 1 is the paper's network, below 1 the slim ones for CPU runs."""
+    weights: dict[str, str] = {}
+    """Given weights per expert: a `.safetensors`/`.pth` file or `torchvision:IMAGENET1K_V1`. Others are pretrained."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if len(set(self.experts)) != len(self.experts) or not self.experts:
+            raise ValueError(f"experts must be a non-empty list without repeats, got {list(self.experts)}")
+        unknown = sorted(set(self.weights) - set(self.experts))
+        if unknown:
+            raise ValueError(f"weights given for {unknown}, which are not among experts {list(self.experts)}")
+        return self
+
+
+class PretrainConfig(Section):
+    epochs: Positive = 200
+    """Passes over the train split (without hold-out)."""
+    batch_size: Positive = 512
+    """Images per optimiser step."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam with coupled L2, or SGD with momentum .9 (spec section 2)."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 1e-4
+    """Coupled L2 coefficient."""
+    cosine_epochs: Positive | None = None
+    """T_max of the cosine schedule in epochs; None: `epochs` (the published ImageNette script uses 100 of 300)."""
+    crop: Literal["pad4", "random_resized"] = "pad4"
+    """Train augmentation: random crop after padding by 4 pixels, or random resized crop."""
+    flip: bool = True
+    """Random horizontal flip."""
+
+
+class PriorConfig(Section):
+    method: Literal["distill", "given"] = "distill"
+    """`distill`: hold-out accuracy of a student trained on data distilled from one expert alone (the definition,
+    paper section 3.3); `given`: the numbers in `values`."""
+    values: dict[str, float] = {}
+    """Given prior per expert in percent, e.g. the paper's Table 19."""
+    ipc: Positive = 10
+    """Images per class distilled from each expert alone."""
+    iterations: Positive | None = None
+    """Synthesis iterations for the prior; None: `synthesize.iterations`."""
+    epochs: Positive | None = None
+    """Post-evaluation epochs for the prior; None: `evaluate.epochs`."""
+    student: str = "resnet18"
+    """Student that measures the prior."""
+    seeds: Positive = 1
+    """Students per expert; their mean is the prior."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.method == "distill" and self.values:
+            raise ValueError("values are only used with method 'given'; set prior.method=given or drop them")
+        return self
+
+
+class VotingConfig(Section):
+    size: Positive = 2
+    """Experts that vote on one image (N of the paper)."""
+    selection: Literal["auto", "fixed", "top", "enumerate", "random"] = "auto"
+    """Who votes on image index i. `enumerate`: the i-th combination; `random`: seeded draw per index; `top`: highest
+    priors; `fixed`: the list in `fixed`. `auto` (spec 5.6): IPC 1 takes `fixed` if given, else `top`; IPC up to the
+    number of combinations enumerates; larger IPC draws."""
+    fixed: tuple[str, ...] | None = None
+    """The voters used by `fixed`, and by `auto` at IPC 1."""
+    weighting: Literal["prior", "equal", "random"] = "prior"
+    """Vote weights: softmax(prior / temperature), 1/N, or random drawn once per image index."""
+    temperature: PositiveFloat = 5.0
+    """Softmax temperature over priors in percent."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.selection == "fixed" and not self.fixed:
+            raise ValueError("selection 'fixed' needs the list `fixed`")
+        if self.fixed and len(self.fixed) != self.size:
+            raise ValueError(f"fixed names {len(self.fixed)} experts, but size is {self.size}")
+        if self.fixed and self.selection not in ("fixed", "auto"):
+            raise ValueError(f"fixed has no effect with selection {self.selection!r}")
+        return self
+
+
+class InitializeConfig(Section):
+    method: Literal["patches", "real", "noise"] = "patches"
+    """Starting images: RDED patches of real images, whole real images, or N(0,1) in normalised space."""
+    difficulty: Literal["easy", "medium", "hard"] = "medium"
+    """Rank window of the scored patches: lowest, middle or highest observer loss (spec section 4)."""
+    factor: Positive | None = None
+    """Patches per side of one starting image; None: 1 up to 64 px, 2 above."""
+    num_crops: Positive = 5
+    """Random crops scored per real image."""
+    images_per_class: Positive = 300
+    """Real images scored per class."""
+    observer: str | None = None
+    """Expert that scores the patches; None: the first of the committee."""
+
+
+class SynthesizeConfig(Section):
+    iterations: Positive = 4000
+    """Adam steps per image."""
+    lr: PositiveFloat = 0.25
+    """Initial learning rate on the pixels (normalised space), cosine to 0."""
+    betas: tuple[Fraction, Fraction] = (0.5, 0.9)
+    """Adam's beta1, beta2."""
+    bn_weight: NonNegative = 0.01
+    """r_bn: weight of the BatchNorm-matching term."""
+    first_bn_multiplier: NonNegative = 10.0
+    """Multiplier of the first BatchNorm layer's term."""
+    augment: bool = True
+    """Random resized crop and flip of every view; the roll is always on."""
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Area range of the random resized crop."""
+    roll: Annotated[int, Field(ge=0)] | None = None
+    """Largest circular shift in pixels, drawn from 0..roll; None: the dataset table's (4, at 224 px 32)."""
+    class_chunk: Positive | None = None
+    """Classes optimised together, one image each; None: the dataset table's."""
+    jobs_per_group: Positive = 5
+    """Jobs (image index, class chunk) advanced together: jobs that share an expert are stacked in one call."""
+    checkpoint_every: Positive = 500
+    """Iterations between checkpoints of an unfinished group."""
+    image_format: Literal["png", "jpeg75_trunc"] = "png"
+    """Lossless PNG, or the published code's truncation and JPEG quality 75 (parity flag)."""
+
+
+class RelabelConfig(Section):
+    teachers: tuple[str, ...] | None = None
+    """Experts that write the soft labels; None: the whole committee."""
+    weighting: Literal["prior", "equal"] = "prior"
+    """Teacher weights: softmax(prior / temperature), or 1/K."""
+    temperature: PositiveFloat = 10.0
+    """Softmax temperature over priors in percent."""
+    batchnorm: Literal["batch", "eval"] = "batch"
+    """`batch`: BSSL, every BatchNorm uses its group's own statistics; `eval`: running statistics."""
+    scope: Literal["bn", "full"] = "bn"
+    """`bn`: BatchNorm alone leaves eval mode; `full`: dropout as well (parity with the published code at 224 px)."""
+    epochs: Positive = 300
+    """Epochs of labelled views; evaluate cannot train longer."""
+    batch_size: Positive = 16
+    """Images per batch (CutMix partners come from the same batch)."""
+    bn_group: Positive | None = None
+    """Images per BatchNorm group in labelling and micro-batch of the student; None: batch_size // 2."""
+    cutmix: bool = True
+    """CutMix with Beta(1,1) on every batch."""
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Area range of the random resized crop."""
+
+    def resolved_bn_group(self) -> int:
+        """Images per BatchNorm group."""
+        return self.bn_group or max(1, self.batch_size // 2)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.scope == "full" and self.batchnorm == "eval":
+            raise ValueError("scope 'full' has no effect with batchnorm 'eval'")
+        if self.resolved_bn_group() > self.batch_size:
+            raise ValueError(f"bn_group {self.bn_group} is larger than batch_size {self.batch_size}")
+        if self.batchnorm == "batch" and self.resolved_bn_group() < 2:
+            raise ValueError("batchnorm 'batch' needs bn_group of at least 2 images to have statistics")
+        return self
+
+
+class EvaluateConfig(Section):
+    students: tuple[str, ...] = ("resnet18",)
+    """Networks trained from scratch on the distilled set."""
+    width: PositiveFloat | None = None
+    """Channel multiplier of the students; None: the committee's."""
+    epochs: Positive | None = None
+    """Passes over the distilled set; None: relabel.epochs."""
+    lr: PositiveFloat = 1e-3
+    """AdamW learning rate."""
+    weight_decay: NonNegative = 0.01
+    """AdamW weight decay on weights with more than one dimension; 0 elsewhere."""
+    eta: PositiveFloat = 1.0
+    """Cosine smoothing: lr(e) = lr/2 (1 + cos(pi e / (E eta))), stepped per epoch."""
+    temperature: PositiveFloat = 20.0
+    """Temperature of the KL divergence (no T squared factor)."""
+    seeds: Positive = 3
+    """Students per row of the table; mean and standard deviation are over them."""
+    test_every: Positive = 10
+    """Epochs between test evaluations; the last epoch is always tested."""
+    baselines: tuple[Literal["random_hard", "random_soft", "patches_soft", "eval_labels"], ...] = (
+        "random_hard", "random_soft", "patches_soft", "eval_labels")
+    """Rows beside ours at equal IPC: random real images with hard labels, the same with our soft labels, the starting
+    images with our soft labels, our images with eval-mode labels."""
+
+
+class RuntimeConfig(Section):
+    engine: Literal["ray", "local"] = "ray"
+    """`ray`: experts are actors; `local`: everything in this process (the reference)."""
+    address: str | None = None
+    """Existing Ray cluster to join, e.g. `auto`; None: a private one on this machine."""
+    placement: Literal["spread", "colocate"] = "spread"
+    """`spread`: one expert per actor, coordinators send views; `colocate`: each worker holds the whole committee."""
+    num_cpus: Positive | None = None
+    """CPU cores of a private cluster; None: all of this machine."""
+    object_store_mb: Annotated[int, Field(ge=75)] = 512
+    """Object store of a private cluster in MiB."""
+    gpus_per_actor: NonNegative | None = None
+    """GPU share of each expert or worker; None: GPUs / experts when there are GPUs, at most 1; 0 keeps them on CPU."""
+    threads_per_actor: Positive = 1
+    """Torch threads of every actor and task."""
+    groups_in_flight: Positive = 2
+    """Job groups driven at once, so that no expert waits for a coordinator."""
+
+
+class StorageConfig(Section):
+    out: str | None = None
+    """Directory (or s3:// URI) of the run; None: runs/<recipe>."""
+
+
+class RunConfig(Section):
+    """A whole run. Results depend on everything but `runtime` and `storage`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Every random choice is a pure function of this number and its place (image, iteration, epoch ...)."""
+    ipc: tuple[Positive, ...] = (10,)
+    """Images per class; each value is distilled and evaluated on its own."""
+    data: DataConfig = DataConfig()
+    committee: CommitteeConfig = CommitteeConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    prior: PriorConfig = PriorConfig()
+    voting: VotingConfig = VotingConfig()
+    initialize: InitializeConfig = InitializeConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
+    relabel: RelabelConfig = RelabelConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    storage: StorageConfig = StorageConfig()
