@@ -31,6 +31,8 @@ class DataConfig(Section):
     """Use at most this many train images per class (seeded choice, before the hold-out is taken); None: all."""
     max_test: Positive | None = None
     """Use at most this many test images (seeded choice); None: all."""
+    flip: bool = True
+    """Whether a mirrored image keeps its label: allows horizontal flips in pretraining, synthesis and relabelling."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an unreadable image file: stop and name it, or leave it out and count it."""
     download: bool = False
@@ -68,10 +70,10 @@ class PretrainConfig(Section):
     """Coupled L2 coefficient."""
     cosine_epochs: Positive | None = None
     """T_max of the cosine schedule in epochs; None: `epochs` (the published ImageNette script uses 100 of 300)."""
-    crop: Literal["pad4", "random_resized"] = "pad4"
-    """Train augmentation: random crop after padding by 4 pixels, or random resized crop."""
-    flip: bool = True
-    """Random horizontal flip."""
+    crop: Literal["pad", "random_resized"] = "pad"
+    """Train augmentation: random crop after zero-padding by `pad` pixels, or random resized crop."""
+    pad: Annotated[int, Field(ge=0)] = 4
+    """Padding of the random crop in pixels."""
 
 
 class PriorConfig(Section):
@@ -221,8 +223,8 @@ class EvaluateConfig(Section):
     """Students per row of the table; mean and standard deviation are over them."""
     test_every: Positive = 10
     """Epochs between test evaluations; the last epoch is always tested."""
-    baselines: tuple[Literal["random_hard", "random_soft", "patches_soft", "eval_labels"], ...] = (
-        "random_hard", "random_soft", "patches_soft", "eval_labels")
+    baselines: tuple[Literal["random_hard", "random_soft", "start_soft", "eval_labels"], ...] = (
+        "random_hard", "random_soft", "start_soft", "eval_labels")
     """Rows beside ours at equal IPC: random real images with hard labels, the same with our soft labels, the starting
     images with our soft labels, our images with eval-mode labels."""
 

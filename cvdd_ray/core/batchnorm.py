@@ -1,0 +1,109 @@
+"""BatchNorm as this method needs it: statistics of what comes in (for matching) and statistics of each small group (BSSL).
+
+Both replace `nn.BatchNorm2d` inside a frozen network and never touch its buffers.
+
+Legend: G groups, B images per group, N = G*B, C channels, H W pixels.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def group_moments(x_NCHW: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Return mean_GC and biased var_GC of every group's channels."""
+    if x_NCHW.device.type == "cpu":  # torch.var_mean over (0, 2, 3) is several times slower than this kernel on CPU
+        moments = [torch.batch_norm_update_stats(chunk, None, None, 0.0) for chunk in x_NCHW.chunk(num_groups)]
+        mean, var = zip(*moments, strict=True)
+        return torch.stack(mean), torch.stack(var)
+    grouped = x_NCHW.unflatten(0, (num_groups, -1))
+    var_GC, mean_GC = torch.var_mean(grouped, dim=(1, 3, 4), correction=0)
+    return mean_GC, var_GC
+
+
+class _AffineWithMoments(torch.autograd.Function):
+    """y = x*scale + shift together with the group moments of x; one backward adds both gradients."""
+
+    @staticmethod
+    def forward(ctx, x_NCHW, scale_C, shift_C, num_groups):
+        mean_GC, var_GC = group_moments(x_NCHW, num_groups)
+        y_NCHW = torch.addcmul(shift_C[:, None, None], x_NCHW, scale_C[:, None, None])
+        ctx.save_for_backward(x_NCHW, scale_C, mean_GC)
+        return y_NCHW, mean_GC, var_GC
+
+    @staticmethod
+    def backward(ctx, dy_NCHW, dmean_GC, dvar_GC):
+        x_NCHW, scale_C, mean_GC = ctx.saved_tensors
+        num_groups = len(mean_GC)
+        values_per_channel = x_NCHW.numel() // (num_groups * x_NCHW.shape[1])
+        slope_GC = dvar_GC * (2.0 / values_per_channel)
+        offset_GC = dmean_GC / values_per_channel - slope_GC * mean_GC
+        dx = (dy_NCHW * scale_C[:, None, None]).unflatten(0, (num_groups, -1))
+        dx = dx.addcmul_(x_NCHW.unflatten(0, (num_groups, -1)), slope_GC[:, None, :, None, None])
+        dx = dx.add_(offset_GC[:, None, :, None, None])
+        return dx.flatten(0, 1), None, None, None
+
+
+class MatchingBatchNorm(nn.Module):
+    """Eval-mode BatchNorm that records the group moments of its input on a shared tape.
+
+    `tape` holds (running_mean_C, running_var_C, mean_GC, var_GC) per layer after a forward pass; `groups[0]` is the
+    number of groups stacked in the batch.
+    """
+
+    def __init__(self, source: nn.BatchNorm2d, index: int, tape: list, groups: list[int]):
+        super().__init__()
+        scale_C = torch.rsqrt(source.running_var + source.eps)
+        if source.affine:
+            scale_C = scale_C * source.weight.detach()
+        shift_C = -source.running_mean * scale_C
+        if source.affine:
+            shift_C = shift_C + source.bias.detach()
+        for name, value in (("scale_C", scale_C), ("shift_C", shift_C), ("running_mean", source.running_mean),
+                            ("running_var", source.running_var)):  # fmt: skip
+            self.register_buffer(name, value.detach().clone())
+        self.index, self.tape, self.groups = index, tape, groups
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        y_NCHW, mean_GC, var_GC = _AffineWithMoments.apply(x_NCHW, self.scale_C, self.shift_C, self.groups[0])
+        self.tape[self.index] = (self.running_mean, self.running_var, mean_GC, var_GC)
+        return y_NCHW
+
+
+class GroupBatchNorm(nn.Module):
+    """BatchNorm that normalises every group of the batch with that group's own statistics (BSSL, paper Eq. 9).
+
+    `groups[0]` is the number of equal, consecutive groups in the batch. Running statistics are neither used nor changed.
+    """
+
+    def __init__(self, source: nn.BatchNorm2d, groups: list[int]):
+        super().__init__()
+        self.weight = None if source.weight is None else source.weight.detach().clone()
+        self.bias = None if source.bias is None else source.bias.detach().clone()
+        self.eps, self.groups = source.eps, groups
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        chunks = [
+            F.batch_norm(chunk, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            for chunk in x_NCHW.chunk(self.groups[0])
+        ]
+        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+
+    def _apply(self, fn, recurse=True):  # the affine pair follows .to(device) without being a parameter or a buffer
+        super()._apply(fn, recurse)
+        self.weight = None if self.weight is None else fn(self.weight)
+        self.bias = None if self.bias is None else fn(self.bias)
+        return self
+
+
+def with_batchnorm_replaced(model: nn.Module, replacement: Callable[[nn.BatchNorm2d, int], nn.Module]) -> nn.Module:
+    """Return a frozen eval-mode copy of `model` whose l-th BatchNorm2d, in modules() order, is `replacement(bn, l)`."""
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    layers = [(path, module) for path, module in twin.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for index, (path, layer) in enumerate(layers):
+        parent_path, _, child = path.rpartition(".")
+        setattr(twin.get_submodule(parent_path), child, replacement(layer, index))
+    return twin

@@ -1,0 +1,87 @@
+"""The seam: the algorithm asks a Committee for votes on views; where the experts live is the committee's affair.
+
+Legend: G groups (jobs stacked in one call), B images per group, C channels, H W pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cvdd_ray.core.batchnorm import MatchingBatchNorm, with_batchnorm_replaced
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one expert is asked: views_GBCHW (float32, normalised, detached) and labels_GB (int64)."""
+
+    views_GBCHW: Tensor
+    labels_GB: Tensor
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One expert's answer: the gradient of CE + r_bn*R with respect to every view, and both terms per group."""
+
+    gradient_GBCHW: Tensor
+    cross_entropy_G: Tensor
+    bn_term_G: Tensor
+
+
+class Committee(Protocol):
+    """Anything that answers ballots; `ballots` maps expert names to what each is asked."""
+
+    def vote(self, ballots: Mapping[str, Ballot]) -> dict[str, Vote]: ...
+
+
+class Voter:
+    """A frozen expert in eval mode that votes.
+
+    The loss of group g is CE_g + bn_weight * R_g, with CE the mean over the group's B images and
+    R = sum over BatchNorm layers l of m_l (|running_var - var| + |running_mean - mean|), L2 norms over channels, biased
+    variance of the layer's input over (B, H, W), m_0 = first_bn_multiplier and m_l = 1 otherwise.  Source: spec 5.2.
+    """
+
+    def __init__(self, model: nn.Module, *, bn_weight: float, first_bn_multiplier: float):
+        self._tape: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._groups = [1]
+        self._model = with_batchnorm_replaced(
+            model, lambda layer, index: MatchingBatchNorm(layer, index, self._tape, self._groups)
+        )
+        self._bn_weight, self._first_bn_multiplier = bn_weight, first_bn_multiplier
+
+    def vote(self, ballot: Ballot) -> Vote:
+        """Return gradient (G, B, C, H, W), cross-entropy (G,) and BN term (G,), on the ballot's device."""
+        num_groups = len(ballot.views_GBCHW)
+        views_GBCHW = ballot.views_GBCHW.detach().requires_grad_(True)
+        self._groups[0] = num_groups
+        self._tape.clear()
+        logits_NK = self._model(views_GBCHW.flatten(0, 1))
+        loss_N = F.cross_entropy(logits_NK, ballot.labels_GB.flatten(), reduction="none")
+        cross_entropy_G = loss_N.view(num_groups, -1).mean(1)
+        bn_term_G = self._bn_term(num_groups, cross_entropy_G)
+        (gradient_GBCHW,) = torch.autograd.grad((cross_entropy_G + self._bn_weight * bn_term_G).sum(), views_GBCHW)
+        self._tape.clear()
+        return Vote(gradient_GBCHW, cross_entropy_G.detach(), bn_term_G.detach())
+
+    def _bn_term(self, num_groups: int, like: Tensor) -> Tensor:
+        total_G = like.new_zeros(num_groups)
+        for index in sorted(self._tape):
+            running_mean_C, running_var_C, mean_GC, var_GC = self._tape[index]
+            distance_G = torch.linalg.vector_norm(running_var_C - var_GC, dim=1)
+            distance_G = distance_G + torch.linalg.vector_norm(running_mean_C - mean_GC, dim=1)
+            total_G = total_G + (self._first_bn_multiplier if index == 0 else 1.0) * distance_G
+        return total_G
+
+
+class LocalCommittee:
+    """Experts in this process, asked one after the other: the reference, and what a colocated worker uses."""
+
+    def __init__(self, voters: Mapping[str, Voter]):
+        self._voters = dict(voters)
+
+    def vote(self, ballots: Mapping[str, Ballot]) -> dict[str, Vote]:
+        return {name: self._voters[name].vote(ballot) for name, ballot in ballots.items()}

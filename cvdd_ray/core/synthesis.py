@@ -1,0 +1,183 @@
+"""The synthesis loop over one group of jobs (spec section 5).
+
+A job is (image index i, class chunk c): one image per class of the chunk, optimised together, its voters fixed. Jobs of a
+group advance side by side; jobs that share an expert are stacked in that expert's ballot, with their own statistics.
+
+Legend: J jobs of the group, B images per job, C channels, H W pixels.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cvdd_ray.core.augment import Views, apply_views, draw_views
+from cvdd_ray.core.committee import Ballot, Committee
+from cvdd_ray.core.keys import generator
+from cvdd_ray.core.schedules import recover_lr
+from cvdd_ray.errors import NumericsError
+
+VIEW_BLOCK = 64  # views are drawn this many iterations at a time; part of what the bits depend on
+
+
+@dataclass(frozen=True)
+class Job:
+    """Image `image_index` of every class in `labels`; `voters` with `weights` (sum 1) guide all of them."""
+
+    image_index: int
+    chunk: int
+    labels: tuple[int, ...]
+    voters: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SynthesisSettings:
+    """Plain numbers of the loop; `roll` in pixels, `low_C`/`high_C` the pixel range in normalised space."""
+
+    seed: int
+    iterations: int
+    lr: float
+    betas: tuple[float, float]
+    augment: bool
+    flip: bool
+    crop_scale: tuple[float, float]
+    roll: int
+    low_C: tuple[float, ...]
+    high_C: tuple[float, ...]
+    checkpoint_every: int = 500
+
+
+@dataclass
+class SynthesisState:
+    """Everything an unfinished group needs to go on: images_JBCHW, both Adam moments, the number of finished
+    iterations, and `trace`: rows (iteration, job index in the group, expert, cross-entropy, BN term)."""
+
+    images_JBCHW: Tensor
+    first_moment_JBCHW: Tensor
+    second_moment_JBCHW: Tensor
+    iteration: int = 0
+    trace: list[tuple[int, int, str, float, float]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, images_JBCHW: Tensor) -> "SynthesisState":
+        return cls(images_JBCHW.clone(), torch.zeros_like(images_JBCHW), torch.zeros_like(images_JBCHW))
+
+
+@lru_cache(maxsize=256)
+def _view_block(
+    seed: int, image_index: int, chunk: int, block: int, size: int, augment: bool, flip: bool, roll: int, scale: tuple
+) -> Views:
+    place = generator(seed, "synthesis-view", image_index, chunk, block)
+    return draw_views(VIEW_BLOCK, size, place, crop=augment, flip=flip and augment, roll=roll, scale=scale)
+
+
+def job_views(jobs: tuple[Job, ...], settings: SynthesisSettings, size: int, iteration: int) -> Views:
+    """Return the J views of one iteration, each a pure function of (seed, image index, chunk, iteration).
+
+    One crop, flip and roll serves all images of a job and all of its voters.  Source: spec 5.3, gotcha 10.
+    """
+    block, row = divmod(iteration, VIEW_BLOCK)
+    s = settings
+    blocks = [
+        _view_block(s.seed, job.image_index, job.chunk, block, size, s.augment, s.flip, s.roll, s.crop_scale)
+        for job in jobs
+    ]
+    return Views(
+        torch.stack([views.boxes_N4[row] for views in blocks]),
+        torch.stack([views.flips_N[row] for views in blocks]),
+        torch.stack([views.rolls_N2[row] for views in blocks]),
+    )
+
+
+def distill_group(
+    committee: Committee,
+    jobs: tuple[Job, ...],
+    state: SynthesisState,
+    settings: SynthesisSettings,
+    *,
+    on_progress: Callable[[SynthesisState], None] = lambda state: None,
+    on_checkpoint: Callable[[SynthesisState], None] = lambda state: None,
+) -> SynthesisState:
+    """Advance a group to its last iteration and return its state; images stay inside the pixel range after every step.
+
+    `state` is the start (SynthesisState.start) or a checkpoint; both lead to the same bits. `on_progress` is called
+    after every iteration, `on_checkpoint` every `checkpoint_every`.  Raises NumericsError at the first loss or gradient
+    that is not finite, before the optimiser step.  Source: spec 5.1-5.4; the weighted sum of the experts' gradients
+    pushed back through the view once equals the gradient of the joint loss.
+    """
+    images = state.images_JBCHW.clone().requires_grad_(True)
+    size = images.shape[-1]
+    device = images.device
+    optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas, eps=1e-8)
+    if state.iteration:
+        optimizer.state[images] = {
+            "step": torch.tensor(float(state.iteration)),
+            "exp_avg": state.first_moment_JBCHW.clone(),
+            "exp_avg_sq": state.second_moment_JBCHW.clone(),
+        }
+    labels_JB = torch.tensor([job.labels for job in jobs], device=device)
+    low = torch.tensor(settings.low_C, device=device)[:, None, None]
+    high = torch.tensor(settings.high_C, device=device)[:, None, None]
+    experts = sorted({name for job in jobs for name in job.voters})
+    jobs_of = {name: [j for j, job in enumerate(jobs) if name in job.voters] for name in experts}
+    weights_of = {
+        name: torch.tensor([jobs[j].weights[jobs[j].voters.index(name)] for j in jobs_of[name]], device=device)
+        for name in experts
+    }
+    trace, trace_every = list(state.trace), max(1, settings.iterations // 100)
+
+    for iteration in range(state.iteration, settings.iterations):
+        views = apply_views(images, job_views(jobs, settings, size, iteration), size)
+        sent = views.detach()
+        ballots = {name: Ballot(sent[jobs_of[name]], labels_JB[jobs_of[name]]) for name in experts}
+        votes = committee.vote(ballots)
+        gradient = torch.zeros_like(sent)
+        for name in experts:  # a fixed order, whatever order the answers came in
+            weighted = weights_of[name][:, None, None, None, None] * votes[name].gradient_GBCHW
+            gradient[jobs_of[name]] += weighted
+        _require_finite(gradient, votes, jobs, jobs_of, iteration)
+        (images.grad,) = torch.autograd.grad(views, images, gradient)
+        optimizer.param_groups[0]["lr"] = recover_lr(settings.lr, iteration, settings.iterations)
+        optimizer.step()
+        with torch.no_grad():
+            images.clamp_(low, high)
+        if iteration % trace_every == 0 or iteration == settings.iterations - 1:
+            for name in experts:
+                terms = zip(jobs_of[name], votes[name].cross_entropy_G.tolist(), votes[name].bn_term_G.tolist(),
+                            strict=True)  # fmt: skip
+                trace.extend((iteration, j, name, ce, bn) for j, ce, bn in terms)
+        moments = optimizer.state[images]
+        state = SynthesisState(images.detach(), moments["exp_avg"], moments["exp_avg_sq"], iteration + 1, trace)
+        on_progress(state)
+        if state.iteration % settings.checkpoint_every == 0 and state.iteration < settings.iterations:
+            on_checkpoint(state)
+    return state
+
+
+def final_losses(state: SynthesisState, jobs: tuple[Job, ...]) -> tuple[list[float], list[float]]:
+    """Return each job's weighted cross-entropy and weighted BN term of the last iteration."""
+    cross_entropy, bn_term = [math.nan] * len(jobs), [math.nan] * len(jobs)
+    last = {(j, name): (ce, bn) for t, j, name, ce, bn in state.trace if t == state.iteration - 1}
+    for j, job in enumerate(jobs):
+        terms = [last[j, name] for name in job.voters]
+        cross_entropy[j] = sum(w * ce for w, (ce, _) in zip(job.weights, terms, strict=True))
+        bn_term[j] = sum(w * bn for w, (_, bn) in zip(job.weights, terms, strict=True))
+    return cross_entropy, bn_term
+
+
+def _require_finite(gradient, votes, jobs, jobs_of, iteration) -> None:
+    if bool(torch.isfinite(gradient).all()):
+        return
+    for name, vote in votes.items():
+        finite_J = torch.isfinite(vote.gradient_GBCHW).flatten(1).all(1) & torch.isfinite(vote.cross_entropy_G)
+        for position, finite in enumerate(finite_J.tolist()):
+            if not finite:
+                job = jobs[jobs_of[name][position]]
+                raise NumericsError(
+                    f"image index {job.image_index}, class chunk {job.chunk}, iteration {iteration}: expert {name} "
+                    f"returned a loss or gradient that is not finite; check its weights, or lower synthesize.lr"
+                )

@@ -1,0 +1,185 @@
+"""Training loops: experts on real images (squeeze), students on distilled ones (post-evaluation), and accuracy.
+
+Legend: N images, B images of a batch, C channels, K classes, S pixels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cvdd_ray.core.augment import Views, apply_views, draw_boxes
+from cvdd_ray.core.keys import generator
+from cvdd_ray.core.schedules import smoothed_cosine_lr
+from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
+
+
+def padded_crops(images_BCSS: Tensor, pad: int, draw: torch.Generator, *, flip: bool) -> Tensor:
+    """Return random S x S crops of the zero-padded images, mirrored with probability 1/2 if `flip` (spec section 2)."""
+    batch, _, size, _ = images_BCSS.shape
+    device = images_BCSS.device
+    padded = F.pad(images_BCSS, (pad,) * 4)
+    offset_B2 = torch.randint(2 * pad + 1, (batch, 2), generator=draw)
+    side_S = torch.arange(size)
+    rows_BS = (offset_B2[:, :1] + side_S).to(device)
+    columns_BS = offset_B2[:, 1:] + side_S
+    if flip:
+        mirrored_B = torch.rand(batch, generator=draw) < 0.5
+        columns_BS = torch.where(mirrored_B[:, None], columns_BS.flip(1), columns_BS)
+    index_B = torch.arange(batch, device=device)[:, None, None]
+    crops_BSSC = padded.permute(0, 2, 3, 1)[index_B, rows_BS[:, :, None], columns_BS.to(device)[:, None, :]]
+    return crops_BSSC.permute(0, 3, 1, 2).contiguous()
+
+
+def resized_crops(images_BCSS: Tensor, draw: torch.Generator, *, flip: bool) -> Tensor:
+    """Return random resized crops of the images, mirrored with probability 1/2 if `flip`."""
+    batch, _, size, _ = images_BCSS.shape
+    boxes_B4 = draw_boxes(batch, size, size, draw)
+    flips_B = torch.rand(batch, generator=draw) < 0.5 if flip else torch.zeros(batch, dtype=torch.bool)
+    return apply_views(images_BCSS, Views(boxes_B4, flips_B, torch.zeros(batch, 2, dtype=torch.long)), size)
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Numbers of the squeeze (spec section 2): epochs, images per step, Adam with coupled L2 or SGD, cosine T_max."""
+
+    seed: int
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    cosine_epochs: int
+
+
+def pretrain_expert(
+    model: nn.Module,
+    epoch_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    settings: PretrainSettings,
+    on_epoch: Callable[[int, float, float], None] = lambda epoch, loss, accuracy: None,
+) -> None:
+    """Train `model` in place with hard-label cross-entropy; `epoch_batches(epoch)` yields (images_BCSS, labels_B).
+
+    The schedule steps once per epoch; the last epoch's weights are the result. `on_epoch` gets (epoch, mean loss, train
+    accuracy in percent).  Source: spec section 2.
+    """
+    s = settings
+    if s.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=s.cosine_epochs)
+    model.train()
+    for epoch in range(s.epochs):
+        loss_sum, correct, seen = 0.0, 0, 0
+        for images_BCSS, labels_B in epoch_batches(epoch):
+            logits_BK = model(images_BCSS)
+            loss = F.cross_entropy(logits_BK, labels_B)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            loss_sum += float(loss.detach()) * len(labels_B)
+            correct += int((logits_BK.argmax(1) == labels_B).sum())
+            seen += len(labels_B)
+        scheduler.step()
+        on_epoch(epoch, loss_sum / seen, 100.0 * correct / seen)
+    model.eval()
+
+
+def kd_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    """Return KL(softmax(teacher/T) || softmax(student/T)), summed over classes, mean over the batch, no T squared
+    factor; its gradient is (q - p) / (T B).  Source: spec section 7."""
+    log_q = F.log_softmax(student_BK / temperature, 1)
+    log_p = F.log_softmax(teacher_BK / temperature, 1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return AdamW's parameter groups: decay on parameters named `weight` with more than one dimension, none elsewhere."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if "weight" in name and parameter.ndim > 1 else free).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """Numbers of the post-evaluation (spec section 7). `temperature` None: hard labels and cross-entropy."""
+
+    epochs: int
+    batch_size: int
+    bn_group: int
+    lr: float
+    weight_decay: float
+    eta: float
+    temperature: float | None
+    test_every: int
+
+
+def train_student(
+    student: nn.Module,
+    images_NCHW: Tensor,
+    epoch_batches: Callable[[int], Iterator[tuple[BatchPlan, Tensor]]],
+    settings: StudentSettings,
+    test: Callable[[nn.Module], float],
+    on_epoch: Callable[[int], None] = lambda epoch: None,
+) -> list[tuple[int, float, float, float]]:
+    """Train `student` in place and return rows (epoch, mean loss, train agreement in percent, test accuracy in percent).
+
+    `epoch_batches(epoch)` yields (plan, targets): logits_BK of the teachers, or labels_B with temperature None. Each
+    batch is cut into micro-batches of `bn_group` images, so that the student's BatchNorm sees the images the teachers'
+    saw; losses are divided by batch_size / bn_group (a short batch weighs less), one AdamW step per batch. The test
+    accuracy is taken every `test_every` epochs and after the last.  Source: spec section 7, decisions 5-8.
+    """
+    s = settings
+    optimizer = torch.optim.AdamW(adamw_groups(student, s.weight_decay), lr=s.lr, betas=(0.9, 0.999), eps=1e-8)
+    curve = []
+    for epoch in range(s.epochs):
+        student.train()
+        for group in optimizer.param_groups:
+            group["lr"] = smoothed_cosine_lr(s.lr, epoch, s.epochs, s.eta)
+        loss_sum, agreed, seen = 0.0, 0, 0
+        for plan, targets in epoch_batches(epoch):
+            views_BCSS = batch_views(images_NCHW, plan)
+            sizes = group_sizes(len(views_BCSS), s.bn_group)
+            optimizer.zero_grad(set_to_none=True)
+            for micro_views, micro_targets in zip(views_BCSS.split(sizes), targets.split(sizes), strict=True):
+                logits = student(micro_views)
+                if s.temperature is None:
+                    loss, wanted = F.cross_entropy(logits, micro_targets), micro_targets
+                else:
+                    loss, wanted = kd_loss(logits, micro_targets, s.temperature), micro_targets.argmax(1)
+                (loss * (s.bn_group / s.batch_size)).backward()
+                loss_sum += float(loss.detach()) * len(logits)
+                agreed += int((logits.argmax(1) == wanted).sum())
+                seen += len(logits)
+            optimizer.step()
+        if epoch % s.test_every == 0 or epoch == s.epochs - 1:
+            curve.append((epoch, loss_sum / seen, 100.0 * agreed / seen, test(student)))
+        on_epoch(epoch)
+    return curve
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the top-1 accuracy in percent over (images_BCSS, labels_B), in eval mode; the mode is restored."""
+    was_training = model.training
+    model.eval()
+    correct = seen = 0
+    for images_BCSS, labels_B in batches:
+        correct += int((model(images_BCSS).argmax(1) == labels_B).sum())
+        seen += len(labels_B)
+    model.train(was_training)
+    return 100.0 * correct / seen
+
+
+def shuffled_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> tuple[list[Tensor], torch.Generator]:
+    """Return the index batches of one pretraining epoch and the generator for its augmentation. A last batch of one
+    image is left out: it has no batch statistics."""
+    draw = generator(seed, "pretrain", epoch)
+    batches = list(torch.randperm(num_images, generator=draw).split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches.pop()
+    return batches, draw

@@ -1,0 +1,1 @@
+"""The disk and the object store: dataset table, real images, artifacts."""

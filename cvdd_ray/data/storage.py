@@ -1,0 +1,107 @@
+"""Where a run lives: a local directory or an object store, behind one small interface of whole, atomic files."""
+
+import os
+import re
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from cvdd_ray.errors import ArtifactError
+
+
+class Store:
+    """Files under one root. A name is a relative path with forward slashes; names cannot leave the root.
+
+    `root` is a directory or a URI that pyarrow knows (`s3://bucket/prefix?endpoint_override=...`). Stores pickle by
+    root alone, so that actors open their own.  Raises ArtifactError for a root that cannot be opened.
+    """
+
+    def __init__(self, root: str):
+        self.root = str(root)
+        try:
+            if re.match(r"^[a-z][a-z0-9+]*://", self.root):
+                self._fs, self._base = fs.FileSystem.from_uri(self.root)
+            else:
+                self._fs, self._base = fs.LocalFileSystem(), str(Path(self.root).absolute())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ArtifactError(
+                f"storage.out: cannot open {_without_secrets(self.root)!r} ({_first_line(error)}); "
+                f"give a directory or an s3:// URI"
+            ) from None
+        self.is_local = isinstance(self._fs, fs.LocalFileSystem)
+
+    def __reduce__(self):
+        return Store, (self.root,)
+
+    def path(self, name: str) -> str:
+        """Return the full path of a name (on the local disk: an ordinary path)."""
+        parts = name.split("/")
+        if name.startswith("/") or any(part in ("", ".", "..") for part in parts):
+            raise ArtifactError(f"artifact name {name!r} would leave its directory; use plain relative names")
+        return "/".join([self._base.rstrip("/"), *parts])
+
+    def exists(self, name: str) -> bool:
+        return self._fs.get_file_info(self.path(name)).type == fs.FileType.File
+
+    def read(self, name: str) -> bytes:
+        """Return the whole file.  Raises ArtifactError when it is not there."""
+        try:
+            with self._fs.open_input_stream(self.path(name)) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            raise ArtifactError(f"{self.display(name)} is not there; run the stage that makes it") from None
+
+    def open(self, name: str) -> pa.NativeFile:
+        """Return a random-access file, memory-mapped where the disk is local."""
+        if self.is_local:
+            return pa.memory_map(self.path(name))
+        return self._fs.open_input_file(self.path(name))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a whole file or nothing: temporary name, fsync, rename (an object store's put is atomic by itself)."""
+        path = self.path(name)
+        if not self.is_local:
+            with self._fs.open_output_stream(path) as stream:
+                stream.write(content)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def names(self, folder: str) -> list[str]:
+        """Return the sorted names of all files below a folder; an absent folder has none."""
+        selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
+        infos = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
+        prefix = len(self._base.rstrip("/")) + 1
+        return sorted(info.path[prefix:] for info in infos if not info.path.endswith(".tmp"))
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove a folder and what is in it, if it is there."""
+        if self._fs.get_file_info(self.path(folder)).type == fs.FileType.Directory or self.names(folder):
+            self._fs.delete_dir(self.path(folder))
+
+    def delete(self, name: str) -> None:
+        """Remove one file, if it is there."""
+        if self.exists(name):
+            self._fs.delete_file(self.path(name))
+
+    def display(self, name: str) -> str:
+        """Return root and name for a message, without credentials."""
+        return f"{_without_secrets(self.root).rstrip('/')}/{name}"
+
+
+def _without_secrets(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", uri).split("?")[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

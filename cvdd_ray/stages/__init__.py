@@ -1,0 +1,1 @@
+"""One file per verb, each a visible loop over a runtime and a store; no Ray."""

@@ -1,0 +1,151 @@
+"""What every stage is given: the settings, the artifacts, the machinery, and a place to show progress."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Protocol
+
+from cvdd_ray.config import RunConfig
+from cvdd_ray.core.experts import ExpertSpec
+from cvdd_ray.data.artifacts import Artifacts, Manifest, StagePlan
+from cvdd_ray.data.datasets import DatasetInfo
+from cvdd_ray.data.sources import RealData, load_real
+from cvdd_ray.data.storage import Store
+from cvdd_ray.stages.runtime import LocalRuntime, Runtime
+
+
+class Progress(Protocol):
+    """Where stages show what they do; `done` and `total` count `unit`s."""
+
+    def start(self, title: str, total: float, unit: str) -> None: ...
+    def update(self, done: float, note: str = "") -> None: ...
+    def finish(self, note: str = "") -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class Silent:
+    """Progress that shows nothing: the default of library use."""
+
+    def start(self, title: str, total: float, unit: str) -> None: ...
+    def update(self, done: float, note: str = "") -> None: ...
+    def finish(self, note: str = "") -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class Run:
+    """One run: `config`, its `artifacts` below `out`, a `runtime` and a `progress`; real data is loaded when first asked for."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: str,
+        *,
+        runtime: Runtime | None = None,
+        progress: Progress | None = None,
+        overwrite: bool = False,
+    ):
+        self.config = config
+        self.store = Store(out)
+        self.artifacts = Artifacts(self.store, overwrite)
+        self.runtime = runtime or LocalRuntime(config.runtime.threads_per_actor)
+        self.progress = progress or Silent()
+
+    @cached_property
+    def real(self) -> RealData:
+        data = load_real(self.config.data, self.config.seed)
+        for split in (data.train, data.holdout, data.test):
+            if split.bad:
+                self.progress.say(f"left out {len(split.bad)} unreadable images, first: {split.bad[0]}")
+        return data
+
+    @property
+    def info(self) -> DatasetInfo:
+        return self.real.info
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.real.train.classes
+
+    @property
+    def width(self) -> float:
+        """Channel multiplier of the students."""
+        return self.config.evaluate.width or self.config.committee.width
+
+    def plan(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> StagePlan:
+        """Return the plan of a stage of this run; class list and seed are part of every plan."""
+        return StagePlan(stage, settings, inputs, self.classes, self.config.seed)
+
+    def expert(self, name: str, weights: bytes) -> ExpertSpec:
+        return ExpertSpec(name, len(self.classes), self.info.image_size, self.config.committee.width, weights)
+
+    @contextmanager
+    def stage(self, plan: StagePlan, title: str) -> Iterator["StageWork | None"]:
+        """Enter a stage: yields None when its artifact is already there, else the means to make it."""
+        found = self.artifacts.finished(plan)
+        if found is not None:
+            self.progress.say(f"{title}: already there ({found.wall_s:.0f} s when it was made)")
+            yield None
+        else:
+            yield StageWork(self, plan, title)
+
+
+class StageWork:
+    """A stage being made: resumable pieces of work, then one commit."""
+
+    def __init__(self, run: Run, plan: StagePlan, title: str):
+        self.run, self.plan, self.title = run, plan, title
+        self.partial = run.artifacts.partial(plan)
+        self._started = time.monotonic()
+
+    def each(
+        self, function: Callable[..., bytes], items: Mapping[str, Any], shared: tuple = (), *, doing: str = ""
+    ) -> dict[str, bytes]:
+        """Return function(item, *shared, report=...) for every item, as bytes; finished items survive an interruption."""
+        return self._collect(
+            items, doing, "pieces", lambda todo, on_report: self.run.runtime.map(function, todo, shared, on_report)
+        )
+
+    def distill(self, tasks, experts, voter, *, doing: str = "") -> dict[str, bytes]:
+        """Return the final state (bytes) of every group of synthesis jobs; finished groups survive, others go on from
+        their last checkpoint."""
+        return self._collect(
+            tasks, doing, "groups",
+            lambda todo, on_report: self.run.runtime.distill(todo, experts, voter, self.run.store, on_report),
+        )  # fmt: skip
+
+    def commit(self, files: Mapping[str, bytes], **facts: Any) -> Manifest:
+        manifest = self.run.artifacts.commit(
+            self.plan, files, wall_s=time.monotonic() - self._started, facts=facts
+        )
+        return manifest
+
+    def _collect(self, items, doing, unit, start) -> dict[str, bytes]:
+        store, progress = self.run.store, self.run.progress
+        results = {name: store.read(self._name(name)) for name in items if store.exists(self._name(name))}
+        todo = {name: item for name, item in items.items() if name not in results}
+        shares = {name: 1.0 for name in results}
+        notes: dict[str, tuple] = {}
+        progress.start(f"{self.title}{': ' + doing if doing else ''}", len(items), unit)
+
+        def on_report(name: str, report: dict) -> None:
+            shares[name] = max(shares.get(name, 0.0), float(report.get("done", 0.0)))
+            for expert, terms in report.get("experts", {}).items():
+                notes[expert] = terms
+            note = report.get("note") or "  ".join(f"{e} ce {ce:.2f} bn {bn:.0f}" for e, (ce, bn) in sorted(notes.items()))
+            progress.update(sum(shares.values()), note)
+
+        for name, result in start(todo, on_report) if todo else ():
+            store.write(self._name(name), result)
+            store.delete(f"{self._name(name)}.checkpoint")
+            results[name] = result
+            on_report(name, {"done": 1.0})
+        progress.finish()
+        return {name: results[name] for name in items}
+
+    def checkpoint(self, name: str) -> str:
+        """Return where an unfinished item keeps its checkpoint."""
+        return f"{self._name(name)}.checkpoint"
+
+    def _name(self, item: str) -> str:
+        return f"{self.partial}/{item}"

@@ -1,0 +1,123 @@
+"""pretrain (squeeze): train the committee's experts on the real train split, side by side (spec section 2)."""
+
+import json
+import time
+from collections.abc import Callable
+
+from cvdd_ray.config import PretrainConfig
+from cvdd_ray.core.experts import ExpertSpec, work_device
+from cvdd_ray.core.keys import key
+from cvdd_ray.core.models import build_model, build_seeded, load_weights, require_batchnorm, save_weights
+from cvdd_ray.core.training import PretrainSettings, accuracy, pretrain_expert
+from cvdd_ray.data.artifacts import StagePlan
+from cvdd_ray.data.datasets import DatasetInfo
+from cvdd_ray.errors import CvddError
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.real import Split, split_for_workers, test_batches, train_batches
+
+WEIGHTS = "model.safetensors"
+
+
+def pretrain(run: Run) -> None:
+    """Make `pretrain/<expert>` (weights as safetensors, training curve, hold-out accuracy in percent) for every expert.
+
+    Experts with given weights are checked and stored as they are.  Raises ConfigError for models that cannot vote,
+    DataError for weights that do not fit.
+    """
+    plans = expert_plans(run)
+    for name in plans:
+        model = build_model(name, len(run.classes), run.info.image_size, width=run.config.committee.width)
+        require_batchnorm(model, name)
+    todo = [name for name, plan in plans.items() if run.artifacts.finished(plan) is None]
+    for name in plans:
+        if name not in todo:
+            run.progress.say(f"pretrain {name}: already there")
+    if not todo:
+        return
+    c = run.config
+    items = {name: (name, c.committee.weights.get(name), plans[name].seed) for name in todo}
+    holdout = split_for_workers(run.real.holdout, run.info)
+    shared = (split_for_workers(run.real.train, run.info), holdout, run.info, c.pretrain, c.committee.width, c.data.flip)
+    shares = dict.fromkeys(items, 0.0)
+    notes: dict[str, str] = {}
+    run.progress.start("pretrain", len(items), "experts")
+
+    def on_report(name: str, report: dict) -> None:
+        shares[name], notes[name] = report["done"], report["note"]
+        run.progress.update(sum(shares.values()), "  ".join(notes.values()))
+
+    for name, (weights, curve, holdout_accuracy, wall_s) in run.runtime.map(train_one, items, shared, on_report):
+        files = {WEIGHTS: weights, "curve.json": json.dumps(curve).encode()}
+        run.artifacts.commit(plans[name], files, wall_s=wall_s, facts={"holdout_accuracy": holdout_accuracy})
+        notes.pop(name, None)
+        shares[name] = 1.0
+        run.progress.say(f"pretrain {name}: {holdout_accuracy:.1f} % on the hold-out after {wall_s:.0f} s")
+        run.progress.update(sum(shares.values()), "  ".join(notes.values()))
+    run.progress.finish()
+
+
+def expert_plans(run: Run) -> dict[str, StagePlan]:
+    """Return the plan of every expert's pretraining."""
+    c = run.config
+    inputs = {"train": run.real.train.fingerprint, "holdout": run.real.holdout.fingerprint}
+    plans = {}
+    for name in c.committee.experts:
+        given = c.committee.weights.get(name)
+        settings = {
+            "expert": name,
+            "committee.width": c.committee.width,
+            "committee.weights": given,
+            "pretrain": None if given else c.pretrain.model_dump(),
+            "data.flip": c.data.flip,
+            "image_size": run.info.image_size,
+        }
+        plans[name] = run.plan(f"pretrain/{name}", settings, inputs)
+    return plans
+
+
+def load_experts(run: Run) -> tuple[dict[str, ExpertSpec], dict[str, str]]:
+    """Return the finished experts in committee order and their content hashes.  Raises ArtifactError for a missing one."""
+    specs, hashes = {}, {}
+    for name in run.config.committee.experts:
+        manifest = run.artifacts.require(f"pretrain/{name}", "pretrain")
+        specs[name] = run.expert(name, run.artifacts.read(manifest, WEIGHTS))
+        hashes[f"pretrain/{name}"] = manifest.content
+    return specs, hashes
+
+
+def train_one(
+    item: tuple[str, str | None, int], train: Split, holdout: Split, info: DatasetInfo, c: PretrainConfig, width: float,
+    flip: bool, report: Callable[[dict], None],
+) -> tuple[bytes, list[tuple[int, float, float]], float, float]:  # fmt: skip
+    """Train or load one expert; return (safetensors, rows (epoch, loss, train accuracy), hold-out accuracy, seconds)."""
+    name, given, seed = item
+    started = time.monotonic()
+    device = work_device()
+    model = build_seeded(name, info.num_classes, info.image_size, width=width, seed=key(seed, "pretrain", name))
+    curve: list[tuple[int, float, float]] = []
+    if given:
+        try:
+            load_weights(model, given, name=name)
+        except CvddError as error:
+            raise type(error)(f"committee.weights.{name}: {error}") from None
+        model.eval().to(device)
+    else:
+        model.to(device)
+
+        def epoch_batches(epoch: int):
+            return train_batches(
+                train, info, batch_size=c.batch_size, crop=c.crop, pad=c.pad, flip=flip,
+                seed=key(seed, "pretrain-data", name), epoch=epoch, device=device,
+            )  # fmt: skip
+
+        def on_epoch(epoch: int, loss: float, train_accuracy: float) -> None:
+            curve.append((epoch, loss, train_accuracy))
+            note = f"{name} {epoch + 1}/{c.epochs} loss {loss:.2f} acc {train_accuracy:.0f}%"
+            report({"done": (epoch + 1) / c.epochs, "note": note})
+
+        settings = PretrainSettings(
+            seed, c.epochs, c.batch_size, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs
+        )
+        pretrain_expert(model, epoch_batches, settings, on_epoch)
+    holdout_accuracy = accuracy(model, test_batches(holdout, info, device))
+    return save_weights(model), curve, holdout_accuracy, time.monotonic() - started

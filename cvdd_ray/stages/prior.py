@@ -1,0 +1,100 @@
+"""prior: how well a student does on data distilled from one expert alone (paper section 3.3, spec section 3)."""
+
+import json
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+
+from cvdd_ray.core.experts import ExpertSpec
+from cvdd_ray.data.datasets import DatasetInfo
+from cvdd_ray.data.imagesets import write_image_set
+from cvdd_ray.errors import ConfigError
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.evaluate import fit_student, student_settings
+from cvdd_ray.stages.initialize import initialize
+from cvdd_ray.stages.pretrain import load_experts
+from cvdd_ray.stages.real import Split, split_for_workers
+from cvdd_ray.stages.relabel import ViewSettings, labelled_epochs
+from cvdd_ray.stages.synthesize import distill, image_jobs
+from cvdd_ray.stages.votes import PRIORS, needs_priors
+
+
+def prior(run: Run) -> None:
+    """Make `prior`: priors.json with every expert's prior in percent.
+
+    `distill`: for each expert alone (one voter, weight 1) images are distilled, labelled by that expert with BSSL, and
+    students are trained on them; the prior is their mean accuracy on the hold-out, never on test (decision 40).
+    `given`: the configured values.  Raises ConfigError when a given value is missing or names no expert.
+    """
+    c = run.config
+    if not needs_priors(c):
+        run.progress.say("prior: not needed, nothing in this run depends on it")
+        return
+    if c.prior.method == "given":
+        given_priors(run)
+        return
+    initialized = initialize(run, c.prior.ipc)
+    specs, hashes = load_experts(run)
+    iterations = c.prior.iterations or c.synthesize.iterations
+    epochs = c.prior.epochs or c.evaluate.epochs or c.relabel.epochs
+    views = ViewSettings(c.seed, c.data.flip, run.info.image_size, c.relabel)
+    student = student_settings(run, epochs)
+    settings = {
+        "prior": {**c.prior.model_dump(), "iterations": iterations, "epochs": epochs},
+        "synthesize": c.synthesize.model_dump(exclude={"iterations"}),
+        "relabel": c.relabel.model_dump(include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}),
+        "evaluate": c.evaluate.model_dump(include={"lr", "weight_decay", "eta", "temperature"}),
+        "width": run.width,
+        "data.flip": c.data.flip,
+        "threads_per_actor": c.runtime.threads_per_actor,
+    }
+    inputs = {**hashes, "initialize": initialized.content, "holdout": run.real.holdout.fingerprint}
+    plan = run.plan("prior", settings, inputs)
+    with run.stage(plan, "prior") as work:
+        if work is None:
+            return
+        sets = {name: image_jobs(run, c.prior.ipc, lambda i, name=name: ((name,), (1.0,))) for name in specs}
+        distilled = distill(run, work, sets, c.prior.ipc, iterations, specs, doing="distil each expert alone")
+        items = {
+            f"{name}-seed{seed}": (name, specs[name], distilled[name][0].images_NCHW, seed)
+            for name in specs
+            for seed in range(c.prior.seeds)
+        }
+        holdout = split_for_workers(run.real.holdout, run.info)
+        shared = (holdout, run.info, views, student, c.prior.student, run.width)
+        done = work.each(measure_expert, items, shared, doing="train a student on each")
+        per_seed = {name: [json.loads(done[f"{name}-seed{s}"])["last"] for s in range(c.prior.seeds)] for name in specs}
+        priors = {name: statistics.fmean(values) for name, values in per_seed.items()}
+        files = {f"{name}.arrow": write_image_set(images) for name, (images, _) in distilled.items()}
+        files[PRIORS] = json.dumps({"priors": priors, "per_seed": per_seed, "split": "holdout"}).encode()
+        work.commit(files, priors=priors)
+        run.progress.say("prior: " + ", ".join(f"{name} {value:.1f} %" for name, value in priors.items()))
+
+
+def given_priors(run: Run) -> None:
+    """Make `prior` from `prior.values`."""
+    c = run.config
+    if set(c.prior.values) != set(c.committee.experts):
+        raise ConfigError(
+            f"prior.values: got {sorted(c.prior.values)}, needs exactly one number in percent for each of "
+            f"{', '.join(c.committee.experts)}"
+        )
+    plan = run.plan("prior", {"prior": c.prior.model_dump(include={"method", "values"})}, {})
+    with run.stage(plan, "prior") as work:
+        if work is not None:
+            priors = {name: c.prior.values[name] for name in c.committee.experts}
+            work.commit({PRIORS: json.dumps({"priors": priors, "split": "given"}).encode()}, priors=priors)
+
+
+def measure_expert(
+    item: tuple[str, ExpertSpec, np.ndarray, int], holdout: Split, info: DatasetInfo, views: ViewSettings, s,
+    student: str, width: float, report: Callable[[dict], None],
+) -> bytes:  # fmt: skip
+    """Label one expert's images by that expert, train one student, return its hold-out accuracy (percent) as JSON."""
+    _, spec, images_NCHW, seed_number = item
+    epochs = labelled_epochs(images_NCHW, info, [spec], [1.0], views, range(s.epochs))
+    row = fit_student(
+        student, seed_number, images_NCHW, lambda epoch: next(epochs), holdout, info, s, views.seed, width, report
+    )
+    return json.dumps(row).encode()

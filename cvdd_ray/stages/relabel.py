@@ -1,0 +1,141 @@
+"""relabel: soft labels from the committee, every BatchNorm on its small batch's own statistics (BSSL; spec section 6)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cvdd_ray.config import RelabelConfig
+from cvdd_ray.core.experts import ExpertSpec, work_device
+from cvdd_ray.core.softlabels import BatchPlan, Teacher, batch_views, committee_logits, epoch_plans
+from cvdd_ray.core.voting import prior_weights
+from cvdd_ray.data.datasets import DatasetInfo, normalize
+from cvdd_ray.data.labels import label_batch, write_labels
+from cvdd_ray.errors import ConfigError
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.initialize import RANDOM, START, load_image_set
+from cvdd_ray.stages.pretrain import load_experts
+from cvdd_ray.stages.synthesize import DISTILLED
+from cvdd_ray.stages.votes import load_priors
+
+LABELS = "labels.arrow"
+EPOCHS_PER_PIECE = 10
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """A set of soft labels of one run: where its images are, and the BatchNorm mode of its teachers."""
+
+    images: tuple[str, str, str]  # stage (with {ipc}), file, verb that makes it
+    batchnorm: str | None  # None: as configured
+
+
+DISTILLED_IMAGES = ("synthesize/ipc{ipc}", DISTILLED, "synthesize")
+LABEL_SETS = {
+    "distilled": LabelSet(DISTILLED_IMAGES, None),
+    "distilled-eval": LabelSet(DISTILLED_IMAGES, "eval"),
+    "random": LabelSet(("initialize/ipc{ipc}", RANDOM, "initialize"), None),
+    "start": LabelSet(("initialize/ipc{ipc}", START, "initialize"), None),
+}
+BASELINE_LABELS = {"random_soft": "random", "start_soft": "start", "eval_labels": "distilled-eval"}
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What decides the views of an epoch, besides seed and epoch."""
+
+    seed: int
+    flip: bool
+    size: int
+    c: RelabelConfig
+
+    def plans(self, epoch: int, num_images: int) -> list[BatchPlan]:
+        """Return the batches of an epoch of a set of `num_images` images."""
+        return epoch_plans(
+            self.seed, epoch, num_images, self.size, batch_size=self.c.batch_size, flip=self.flip,
+            use_cutmix=self.c.cutmix, crop_scale=self.c.crop_scale,
+        )  # fmt: skip
+
+
+def label_sets(run: Run) -> list[str]:
+    """Return the label sets this run needs: ours, and one per soft baseline."""
+    return ["distilled", *(BASELINE_LABELS[b] for b in run.config.evaluate.baselines if b in BASELINE_LABELS)]
+
+
+def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
+    """Make `relabel/ipc<n>/<label set>`: labels.arrow, one record batch per epoch, bound to its images by hash.
+
+    Raises ArtifactError when images, experts or priors are missing, ConfigError for teachers outside the committee.
+    """
+    c = run.config.relabel
+    kind = LABEL_SETS[label_set]
+    if kind.batchnorm:
+        c = c.model_copy(update={"batchnorm": kind.batchnorm, "scope": "bn"})
+    stage, name, verb = kind.images
+    images = load_image_set(run, stage.format(ipc=ipc), name, verb)
+    specs, hashes = load_experts(run)
+    priors, prior_hash = load_priors(run)
+    names = teacher_names(run)
+    weights = prior_weights([priors[n] for n in names], c.temperature) if c.weighting == "prior" else [1 / len(names)] * len(names)
+    settings = {"label_set": label_set, "relabel": c.model_dump(), "data.flip": run.config.data.flip}
+    inputs = {"images": images.content(), "prior": prior_hash, **{f"pretrain/{n}": hashes[f"pretrain/{n}"] for n in names}}
+    plan = run.plan(f"relabel/ipc{ipc}/{label_set}", settings, inputs)
+    with run.stage(plan, f"relabel ipc {ipc} {label_set}") as work:
+        if work is None:
+            return
+        pieces = {
+            f"epochs{first:05d}": (first, min(first + EPOCHS_PER_PIECE, c.epochs))
+            for first in range(0, c.epochs, EPOCHS_PER_PIECE)
+        }
+        views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, c)
+        shared = (images.images_NCHW, run.info, [specs[n] for n in names], weights, views)
+        done = work.each(label_epochs, pieces, shared)
+        batches = [batch for data in done.values() for batch in pa.ipc.open_stream(data)]
+        about = {"images": images.content(), "num_classes": len(run.classes), "teachers": names,
+                 "teacher_weights": list(weights), "relabel": c.model_dump(), "classes": run.classes}  # fmt: skip
+        work.commit({LABELS: write_labels(batches, about)}, epochs=c.epochs, teachers=names)
+
+
+def teacher_names(run: Run) -> list[str]:
+    """Return the teachers in committee order.  Raises ConfigError for one that is not in the committee."""
+    experts = run.config.committee.experts
+    wanted = run.config.relabel.teachers or experts
+    unknown = sorted(set(wanted) - set(experts))
+    if unknown:
+        raise ConfigError(f"relabel.teachers: {unknown} not in the committee; its experts are {', '.join(experts)}")
+    return [name for name in experts if name in wanted]
+
+
+def label_epochs(
+    epochs: tuple[int, int], images_NCHW: np.ndarray, info: DatasetInfo, teachers: list[ExpertSpec], weights: list[float],
+    views: ViewSettings, report: Callable[[dict], None],
+) -> bytes:  # fmt: skip
+    """Return the labels of epochs [first, stop) as Arrow stream bytes, one record batch per epoch."""
+    first, stop = epochs
+    sink = pa.BufferOutputStream()
+    writer = None
+    for epoch, rows in enumerate(labelled_epochs(images_NCHW, info, teachers, weights, views, range(first, stop)), first):
+        batch = label_batch(rows)
+        writer = writer or pa.ipc.new_stream(sink, batch.schema)
+        writer.write_batch(batch)
+        report({"done": (epoch + 1 - first) / (stop - first)})
+    writer.close()
+    return sink.getvalue().to_pybytes()
+
+
+def labelled_epochs(
+    images_NCHW: np.ndarray, info: DatasetInfo, teachers: list[ExpertSpec], weights, views: ViewSettings, epochs: range
+) -> Iterator[list[tuple[BatchPlan, Tensor]]]:
+    """Yield the (plan, logits_BK in fp32) of every batch, epoch by epoch, for a set of uint8 images."""
+    device = work_device()
+    c = views.c
+    networks = [Teacher(spec.build(device), batchnorm=c.batchnorm, scope=c.scope) for spec in teachers]
+    pixels = normalize(torch.from_numpy(np.array(images_NCHW)).to(device), info)
+    for epoch in epochs:
+        plans = views.plans(epoch, len(pixels))
+        batches = [batch_views(pixels, plan) for plan in plans]
+        logits = committee_logits(networks, weights, batches, c.resolved_bn_group())
+        yield [(plan, logits_BK.cpu()) for plan, logits_BK in zip(plans, logits, strict=True)]
