@@ -1,0 +1,28 @@
+"""The committee whose experts are Ray actors: same question, same answers, wherever they live."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from cvdd_ray.core.committee import Ballot, Vote
+
+
+class RayCommittee:
+    """Asks every expert actor of a ballot at once and waits for all answers."""
+
+    def __init__(self, experts: Mapping[str, Any]):
+        self._experts = dict(experts)
+
+    def vote(self, ballots: Mapping[str, Ballot]) -> dict[str, Vote]:
+        votes_ref = {
+            name: self._experts[name].vote.remote(ballot.views_GBCHW.cpu().numpy(), ballot.labels_GB.cpu().numpy())
+            for name, ballot in ballots.items()
+        }
+        answers = dict(zip(votes_ref, ray.get(list(votes_ref.values())), strict=True))
+        return {
+            name: Vote(*(torch.from_numpy(np.array(part)).to(ballots[name].views_GBCHW.device) for part in answer))
+            for name, answer in answers.items()
+        }

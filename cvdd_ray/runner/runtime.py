@@ -1,0 +1,113 @@
+"""The runtime on Ray: stages' pieces of work as tasks, synthesis as expert actors and coordinators."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from cvdd_ray.config import RuntimeConfig
+from cvdd_ray.core.experts import prepare_torch
+from cvdd_ray.errors import CvddError
+from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
+from cvdd_ray.runner.cluster import Share, connect, expert_share, task_share
+
+POLL_S = 0.25
+FOREVER = {"max_restarts": -1, "max_task_retries": -1}
+
+
+def _call(function: Callable, item: Any, name: str, mailbox: Any, threads: int, *shared: Any) -> Any:
+    """One piece of work in a task: set torch up, run, send reports to the driver's mailbox."""
+    prepare_torch(threads)
+    return function(item, *shared, report=lambda report: mailbox.put.remote(name, report))
+
+
+class RayRuntime:
+    """Runs a stage's work on Ray; results and their bits are those of LocalRuntime.
+
+    Raises ConfigError when Ray cannot be started or joined; errors of the work itself are raised as they are.
+    """
+
+    def __init__(self, c: RuntimeConfig):
+        connect(c)
+        self._c = c
+        self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+
+    def map(self, function, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
+        share = task_share(self._c)
+        remote = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_retries=-1)(_call)
+        shared_refs = [ray.put(value) for value in shared]
+        waiting = {
+            remote.remote(function, item, name, self._mailbox, self._c.threads_per_actor, *shared_refs): name
+            for name, item in items.items()
+        }
+        yield from self._results(waiting, on_report)
+
+    def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None) -> Iterator[tuple[str, bytes]]:
+        start = self._colocated if self._c.placement == "colocate" else self._spread
+        used = {name: experts[name] for name in experts if any(name in job.voters for t in tasks.values() for job in t.jobs)}
+        drivers, actors = start(tasks, used, voter, store)
+        try:
+            waiting = {
+                drivers[k % len(drivers)].run_group.remote(name, ray.put(task)): name
+                for k, (name, task) in enumerate(tasks.items())
+            }
+            yield from self._results(waiting, on_report)
+        finally:
+            for actor in [*drivers, *actors]:
+                ray.kill(actor)
+
+    def _spread(self, tasks, experts, voter, store) -> tuple[list, list]:
+        """One actor per expert, and a coordinator that keeps `groups_in_flight` groups going."""
+        c, share = self._c, expert_share(self._c, len(experts))
+        remote = _remote(ExpertActor, share)
+        actors = {name: remote.remote(ray.put(spec), voter, c.threads_per_actor) for name, spec in experts.items()}
+        in_flight = min(c.groups_in_flight, len(tasks))
+        coordinator = _remote(Coordinator, Share(0.0, 0.0), max_concurrency=in_flight)
+        return [coordinator.remote(actors, store, self._mailbox, c.threads_per_actor)], list(actors.values())
+
+    def _colocated(self, tasks, experts, voter, store) -> tuple[list, list]:
+        """As many workers as there are GPUs (or cores), each with the whole committee and whole groups."""
+        c, have = self._c, ray.cluster_resources()
+        places = int(have.get("GPU", 0) or have.get("CPU", 1) / c.threads_per_actor)
+        num_workers = max(1, min(places, len(tasks)))
+        remote = _remote(ColocatedWorker, expert_share(c, num_workers))
+        specs_ref = ray.put(experts)
+        workers = [
+            remote.remote(specs_ref, voter, store, self._mailbox, c.threads_per_actor) for _ in range(num_workers)
+        ]
+        return workers, []
+
+    def _results(self, waiting: Mapping[Any, str], on_report) -> Iterator[tuple[str, Any]]:
+        """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""
+        waiting = dict(waiting)
+        try:
+            while waiting:
+                ready, _ = ray.wait(list(waiting), timeout=POLL_S)
+                for name, report in ray.get(self._mailbox.take.remote()).items():
+                    on_report(name, report)
+                for result_ref in ready:
+                    name = waiting.pop(result_ref)
+                    yield name, _get(result_ref)
+        finally:
+            for result_ref in waiting:
+                ray.cancel(result_ref, force=False)
+
+    def close(self) -> None:
+        ray.shutdown()
+
+
+def _remote(plain: type, share: Share, **options: Any):
+    """Return the actor class of a plain class, restarted for ever."""
+    return ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, **FOREVER, **options)(plain)
+
+
+def _get(result_ref: Any) -> Any:
+    """Return a result; an error a user can mend is raised as itself, not wrapped in a remote traceback."""
+    try:
+        return ray.get(result_ref)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, CvddError):
+            raise next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)(str(cause.args[0])) from None
+        raise
