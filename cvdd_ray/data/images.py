@@ -57,7 +57,7 @@ def decode(data: bytes, thumbnail: bool = False) -> tuple[np.ndarray, str]:
             kind = "animated" if getattr(image, "is_animated", False) else image.mode
             if thumbnail:
                 image.draft(None, (1, 1))
-            image.load()
+            image.load()  # before the mode decides on the conversion: some decoders settle it only now
             return np.asarray(_to_rgb(image)), kind
     except BadImage:
         raise

@@ -56,8 +56,8 @@ def connect(c: RuntimeConfig) -> None:
 
 
 def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
-    """Return what each of `num_actors` long-lived actors asks for: an equal part of the cluster, at most one GPU or one
-    core per thread each, so that all of them fit at once."""
+    """Return what each of `num_actors` long-lived actors asks for: an equal part of the GPUs, at most one each; and no
+    core, since between stages they idle and would keep tasks from running (a spread strategy places them)."""
     import ray
 
     have = ray.cluster_resources()
@@ -70,9 +70,7 @@ def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
             f"runtime.gpus_per_actor: {num_gpus} for each of {num_actors} actors is more than the cluster's "
             f"{have.get('GPU', 0.0):g} GPUs; lower it, use 0 for CPU, or leave it out"
         )
-    # half of the cores: the other half stays schedulable for tasks while the actors live
-    num_cpus = min(float(c.threads_per_actor), _part(0.5 * have.get("CPU", 1.0), num_actors))
-    return Share(num_cpus, num_gpus)
+    return Share(0.0, num_gpus)
 
 
 def task_share(c: RuntimeConfig) -> Share:

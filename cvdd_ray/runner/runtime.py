@@ -7,10 +7,11 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cvdd_ray.config import RuntimeConfig
-from cvdd_ray.core.experts import prepare_torch
+from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.errors import CvddError
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
 from cvdd_ray.runner.cluster import Share, connect, expert_share, task_share
+from cvdd_ray.stages.grouptask import VoterSettings
 
 POLL_S = 0.25
 FOREVER = {"max_restarts": -1, "max_task_retries": -1}
@@ -32,6 +33,9 @@ class RayRuntime:
         connect(c)
         self._c = c
         self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        self._experts: dict[str, Any] = {}
+        self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
+        self._kept: dict[str, Any] = {}
 
     def map(self, function, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         share = task_share(self._c)
@@ -44,9 +48,10 @@ class RayRuntime:
         yield from self._results(waiting, on_report)
 
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None) -> Iterator[tuple[str, bytes]]:
+        used = {name for task in tasks.values() for job in task.jobs for name in job.voters}
+        specs = {name: spec for name, spec in experts.items() if name in used}
         start = self._colocated if self._c.placement == "colocate" else self._spread
-        used = {name: experts[name] for name in experts if any(name in job.voters for t in tasks.values() for job in t.jobs)}
-        drivers, actors = start(tasks, used, voter, store)
+        drivers = start(specs, voter, store, len(tasks))
         try:
             waiting = {
                 drivers[k % len(drivers)].run_group.remote(name, ray.put(task)): name
@@ -54,29 +59,40 @@ class RayRuntime:
             }
             yield from self._results(waiting, on_report)
         finally:
-            for actor in [*drivers, *actors]:
-                ray.kill(actor)
+            for driver in drivers:
+                ray.kill(driver)
+            if ray.cluster_resources().get("GPU"):
+                self._release()  # experts hold no core, but tasks of later stages need the GPUs
 
-    def _spread(self, tasks, experts, voter, store) -> tuple[list, list]:
-        """One actor per expert, and a coordinator that keeps `groups_in_flight` groups going."""
-        c, share = self._c, expert_share(self._c, len(experts))
-        remote = _remote(ExpertActor, share)
-        actors = {name: remote.remote(ray.put(spec), voter, c.threads_per_actor) for name, spec in experts.items()}
-        in_flight = min(c.groups_in_flight, len(tasks))
-        coordinator = _remote(Coordinator, Share(0.0, 0.0), max_concurrency=in_flight)
-        return [coordinator.remote(actors, store, self._mailbox, c.threads_per_actor)], list(actors.values())
+    def _spread(self, specs, voter, store, num_groups) -> list:
+        """One actor per expert, kept for the next stage, and a coordinator with `groups_in_flight` groups at once."""
+        c = self._c
+        missing = {name: spec for name, spec in specs.items() if (spec, voter) != self._holds.get(name)}
+        if missing:
+            remote = _remote(ExpertActor, expert_share(c, len(specs)), scheduling_strategy="SPREAD")
+            for name, spec in missing.items():
+                if name in self._experts:
+                    ray.kill(self._experts.pop(name))
+                spec_ref = ray.put(spec)
+                self._holds[name], self._kept[name] = (spec, voter), spec_ref  # a restarted actor asks for its spec again
+                self._experts[name] = remote.remote(spec_ref, voter, c.threads_per_actor)
+        coordinator = _remote(Coordinator, Share(0.0, 0.0), max_concurrency=min(c.groups_in_flight, num_groups))
+        experts = {name: self._experts[name] for name in specs}
+        return [coordinator.remote(experts, store, self._mailbox, c.threads_per_actor)]
 
-    def _colocated(self, tasks, experts, voter, store) -> tuple[list, list]:
+    def _release(self) -> None:
+        for actor in self._experts.values():
+            ray.kill(actor)
+        self._experts, self._holds, self._kept = {}, {}, {}
+
+    def _colocated(self, specs, voter, store, num_groups) -> list:
         """As many workers as there are GPUs (or cores), each with the whole committee and whole groups."""
         c, have = self._c, ray.cluster_resources()
         places = int(have.get("GPU", 0) or have.get("CPU", 1) / c.threads_per_actor)
-        num_workers = max(1, min(places, len(tasks)))
+        num_workers = max(1, min(places, num_groups))
         remote = _remote(ColocatedWorker, expert_share(c, num_workers))
-        specs_ref = ray.put(experts)
-        workers = [
-            remote.remote(specs_ref, voter, store, self._mailbox, c.threads_per_actor) for _ in range(num_workers)
-        ]
-        return workers, []
+        specs_ref = self._kept["committee"] = ray.put(specs)
+        return [remote.remote(specs_ref, voter, store, self._mailbox, c.threads_per_actor) for _ in range(num_workers)]
 
     def _results(self, waiting: Mapping[Any, str], on_report) -> Iterator[tuple[str, Any]]:
         """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""

@@ -103,14 +103,16 @@ class StageWork:
     ) -> dict[str, bytes]:
         """Return function(item, *shared, report=...) for every item, as bytes; finished items survive an interruption."""
         return self._collect(
-            items, doing, "pieces", lambda todo, on_report: self.run.runtime.map(function, todo, shared, on_report)
-        )
+            items, dict.fromkeys(items, 1.0), "pieces", doing,
+            lambda todo, on_report: self.run.runtime.map(function, todo, shared, on_report),
+        )  # fmt: skip
 
     def distill(self, tasks, experts, voter, *, doing: str = "") -> dict[str, bytes]:
         """Return the final state (bytes) of every group of synthesis jobs; finished groups survive, others go on from
         their last checkpoint."""
+        steps = {name: float(len(task.jobs) * task.settings.iterations) for name, task in tasks.items()}
         return self._collect(
-            tasks, doing, "groups",
+            tasks, steps, "job iterations", doing,
             lambda todo, on_report: self.run.runtime.distill(todo, experts, voter, self.run.store, on_report),
         )  # fmt: skip
 
@@ -120,20 +122,22 @@ class StageWork:
         )
         return manifest
 
-    def _collect(self, items, doing, unit, start) -> dict[str, bytes]:
+    def _collect(self, items, sizes, unit, doing, start) -> dict[str, bytes]:
         store, progress = self.run.store, self.run.progress
         results = {name: store.read(self._name(name)) for name in items if store.exists(self._name(name))}
         todo = {name: item for name, item in items.items() if name not in results}
-        shares = {name: 1.0 for name in results}
+        shares = dict.fromkeys(results, 1.0)
         notes: dict[str, tuple] = {}
-        progress.start(f"{self.title}{': ' + doing if doing else ''}", len(items), unit)
+        progress.start(f"{self.title}{': ' + doing if doing else ''}", sum(sizes.values()), unit)
+        if results:
+            progress.update(sum(sizes[name] for name in results), f"{len(results)} of {len(items)} were already there")
 
         def on_report(name: str, report: dict) -> None:
             shares[name] = max(shares.get(name, 0.0), float(report.get("done", 0.0)))
             for expert, terms in report.get("experts", {}).items():
                 notes[expert] = terms
             note = report.get("note") or "  ".join(f"{e} ce {ce:.2f} bn {bn:.0f}" for e, (ce, bn) in sorted(notes.items()))
-            progress.update(sum(shares.values()), note)
+            progress.update(sum(sizes[piece] * share for piece, share in shares.items()), note)
 
         for name, result in start(todo, on_report) if todo else ():
             store.write(self._name(name), result)

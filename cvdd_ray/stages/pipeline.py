@@ -1,32 +1,68 @@
 """The whole run: every stage in order, each skipped when its artifact is already there."""
 
+from collections.abc import Callable
+
+from cvdd_ray.errors import ConfigError
+from cvdd_ray.recipes import dump_config
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import evaluate, student_epochs
 from cvdd_ray.stages.initialize import initialize
-from cvdd_ray.stages.pretrain import pretrain
+from cvdd_ray.stages.pretrain import check_networks, pretrain
 from cvdd_ray.stages.prior import prior
 from cvdd_ray.stages.relabel import label_sets, relabel, teacher_names
 from cvdd_ray.stages.synthesize import synthesize
 from cvdd_ray.stages.votes import vote_of_image
 
+CONFIG = "config.yaml"
+
 
 def check(run: Run) -> None:
-    """Raise ConfigError for settings that would only fail in a late stage, before anything is computed."""
+    """Raise ConfigError or DataError for settings that would only fail in a late stage; nothing is computed or written."""
+    c = run.config
     student_epochs(run)
     teacher_names(run)
-    for ipc in run.config.ipc:
-        for image_index in range(ipc):
-            vote_of_image(run, dict.fromkeys(run.config.committee.experts, 0.0), ipc, image_index)
+    if len(set(c.ipc)) != len(c.ipc) or not c.ipc:
+        raise ConfigError(f"ipc: got {list(c.ipc)}; give one or more different numbers, e.g. [1, 10]")
+    for ipc in c.ipc:
+        vote_of_image(run, dict.fromkeys(c.committee.experts, 0.0), ipc, 0)
+    check_networks(run)
+
+
+def begin(run: Run) -> None:
+    """Check the run, then keep its resolved configuration beside the artifacts, so that later verbs need only --out."""
+    check(run)
+    if run.artifacts.overwrite or not run.store.exists(CONFIG):
+        run.store.write(CONFIG, dump_config(run.config).encode())
+
+
+def per_ipc(stage: Callable[[Run, int], object]) -> Callable[[Run], None]:
+    """Return the stage for every IPC of the configuration."""
+
+    def all_ipcs(run: Run) -> None:
+        for ipc in run.config.ipc:
+            stage(run, ipc)
+
+    return all_ipcs
+
+
+def relabel_all(run: Run, ipc: int) -> None:
+    """Relabel the distilled images and what the baselines need."""
+    for label_set in label_sets(run):
+        relabel(run, ipc, label_set)
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "pretrain": pretrain,
+    "prior": prior,
+    "initialize": per_ipc(initialize),
+    "synthesize": per_ipc(synthesize),
+    "relabel": per_ipc(relabel_all),
+    "evaluate": per_ipc(evaluate),
+}
 
 
 def run_all(run: Run) -> None:
     """Run every stage for every IPC of the configuration.  Raises what the stages raise."""
-    check(run)
-    pretrain(run)
-    prior(run)
-    for ipc in run.config.ipc:
-        initialize(run, ipc)
-        synthesize(run, ipc)
-        for label_set in label_sets(run):
-            relabel(run, ipc, label_set)
-        evaluate(run, ipc)
+    begin(run)
+    for stage in STAGES.values():
+        stage(run)

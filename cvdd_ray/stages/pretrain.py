@@ -25,9 +25,6 @@ def pretrain(run: Run) -> None:
     DataError for weights that do not fit.
     """
     plans = expert_plans(run)
-    for name in plans:
-        model = build_model(name, len(run.classes), run.info.image_size, width=run.config.committee.width)
-        require_batchnorm(model, name)
     todo = [name for name, plan in plans.items() if run.artifacts.finished(plan) is None]
     for name in plans:
         if name not in todo:
@@ -54,6 +51,15 @@ def pretrain(run: Run) -> None:
         run.progress.say(f"pretrain {name}: {holdout_accuracy:.1f} % on the hold-out after {wall_s:.0f} s")
         run.progress.update(sum(shares.values()), "  ".join(notes.values()))
     run.progress.finish()
+
+
+def check_networks(run: Run) -> None:
+    """Raise ConfigError for experts that cannot vote, and for experts or students that do not exist at this size."""
+    c, info = run.config, run.info
+    for name in c.committee.experts:
+        require_batchnorm(build_model(name, info.num_classes, info.image_size, width=c.committee.width), name)
+    for name in {*c.evaluate.students, c.prior.student}:
+        build_model(name, info.num_classes, info.image_size, width=run.width)
 
 
 def expert_plans(run: Run) -> dict[str, StagePlan]:

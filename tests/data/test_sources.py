@@ -18,6 +18,7 @@ from PIL import Image
 
 from cvdd_ray.config import DataConfig
 from cvdd_ray.data import images
+from cvdd_ray.data.choices import scaled_down
 from cvdd_ray.data.datasets import DATASETS
 from cvdd_ray.data.images import BadImage, decode, fit, in_memory
 from cvdd_ray.data.sources import load_real
@@ -111,6 +112,15 @@ def test_limits_are_stratified_nested_and_seeded(digits):
     assert ids(few.test) <= ids(digits.test)
     assert ids(fewer.train) | ids(fewer.holdout) <= ids(few.train) | ids(few.holdout)
     assert not same(load_real(DataConfig(max_per_class=20, max_test=55), 4).test, few.test)
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [(None, [50, 30, 20]), (100, [50, 30, 20]), (9, [4, 3, 2]), (7, [4, 2, 1]), (3, [1, 1, 1]), (1, [1, 0, 0])],
+)
+def test_scaled_down_gives_the_largest_remainders_first(total, expected):
+    # by hand: 9 -> 4.5 2.7 1.8; 7 -> 3.5 2.1 1.4; 3 -> 1.5 .9 .6; 1 -> .5 .3 .2
+    assert scaled_down(np.array([50, 30, 20]), total).tolist() == expected
 
 
 def test_holdout_needs_two_images():
@@ -436,7 +446,7 @@ def test_fingerprint_of_files(tmp_path):
     assert not same(load_real(folder(tmp_path / "c"), 0).test, first.test)
 
 
-@pytest.mark.parametrize("size", [8, 80])
+@pytest.mark.parametrize("size", [16, 80])  # 768 bytes of pixels an image, or none held
 def test_files_pickle_as_paths(tmp_path, size):
     real = load_real(folder(make_folder(tmp_path, per_class=40, size=size), image_size=size), 0)
     blob = pickle.dumps(real.train)
@@ -560,6 +570,8 @@ def test_parquet_bad_images(tmp_path):
     assert len(real.train.bad) == 4
     assert real.train.bad[1].endswith("00000-of-00002.parquet row 2")
     assert real.test.labels.tolist() == [0]
+    make_set(tmp_path, spoil={0: None})
+    assert "row 0 cannot be read: its `bytes` are null" in failure(parquet(tmp_path))
 
 
 def test_parquet_wrong_contents(tmp_path):

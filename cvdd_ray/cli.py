@@ -1,0 +1,159 @@
+"""The command line: `cvdd VERB`. Errors a user can mend are one line on stderr and exit code 2."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cvdd_ray.config import RunConfig
+from cvdd_ray.errors import ConfigError, CvddError
+from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names
+
+app = typer.Typer(
+    name="cvdd",
+    help="Dataset distillation by committee voting (CV-DD) on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE_OR_YAML", help="A packaged recipe or a YAML file.")]
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(metavar="[RECIPE_OR_YAML]", help="A packaged recipe or a YAML file; default: the run's own config."),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. synthesize.iterations=500.")
+]
+OutOption = Annotated[str | None, typer.Option("--out", metavar="DIR", help="Directory of the run; default runs/RECIPE.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Join this Ray cluster (e.g. auto) instead of starting one here.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace stages that were made with other settings.")
+]
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeArgument, set_: SetOption = None, out: OutOption = None, address: AddressOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:  # fmt: skip
+    """All stages; run again after an interruption, it continues where it stopped."""
+    from cvdd_ray.stages.pipeline import run_all
+
+    folder = _with_run(recipe, set_, out, address, overwrite, run_all)
+    show(folder)
+
+
+def _stage_command(verb: str, summary: str) -> None:
+    def command(
+        recipe: OptionalRecipe = None, set_: SetOption = None, out: OutOption = None, address: AddressOption = None,
+        overwrite: OverwriteOption = False,
+    ) -> None:  # fmt: skip
+        from cvdd_ray.stages.pipeline import STAGES
+
+        _with_run(recipe, set_, out, address, overwrite, STAGES[verb])
+
+    app.command(verb, help=summary)(command)
+
+
+for _verb, _summary in {
+    "pretrain": "Train the committee's experts on the real images.",
+    "prior": "Measure how well each expert distils alone.",
+    "initialize": "Make the starting images from patches of real ones.",
+    "synthesize": "Distil: experts vote on every image.",
+    "relabel": "Write the soft labels (BSSL).",
+    "evaluate": "Train students on the distilled set and test them.",
+}.items():
+    _stage_command(_verb, _summary)
+
+
+@app.command()
+def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")]) -> None:
+    """Print a run's summary; write its table, contact sheets and curves to DIR/report."""
+    from cvdd_ray.data.storage import Store
+    from cvdd_ray.stages.report import rich_summary, summarize_run, write_report
+
+    store = Store(folder)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for part in rich_summary(summarize_run(store)):
+        console.print(part)
+    for name, path in write_report(store).items():
+        console.print(f"{name}: {path}", soft_wrap=True)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, resolved.")] = None) -> None:
+    """List the packaged recipes, or print one with every setting."""
+    if name is not None:
+        print(dump_config(load_config(name)), end="")
+        return
+    table = Table("recipe", "what it is", box=None)
+    for known in recipe_names():
+        table.add_row(known, recipe_description(known))
+    Console().print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration file, for editors."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+def _with_run(recipe, set_, out, address, overwrite, work: Callable) -> str:
+    """Build the run, do `work(run)`, return the run's directory."""
+    if recipe is None and out is None:
+        raise ConfigError("give a recipe or a YAML file (`cvdd recipes` lists them), or --out DIR of an existing run")
+    source = recipe or str(Path(out) / "config.yaml")
+    config = load_config(source, [*(set_ or []), *([f"runtime.address={address}"] if address else [])])
+    folder = out or config.storage.out or str(Path("runs") / Path(source).stem)
+
+    from cvdd_ray.runner.progress import LiveProgress
+    from cvdd_ray.stages.context import Run
+    from cvdd_ray.stages.pipeline import begin
+
+    progress = LiveProgress()
+    run = Run(config, folder, progress=progress, overwrite=overwrite)
+    try:
+        begin(run)
+        if config.runtime.engine == "ray":
+            from cvdd_ray.runner.runtime import RayRuntime
+
+            run.runtime = RayRuntime(config.runtime)
+        work(run)
+    finally:
+        progress.close()
+        run.runtime.close()
+    return folder
+
+
+def main() -> None:
+    """Entry point of `cvdd`: exit code 0, 2 for errors the user can mend, 130 for Ctrl-C."""
+    try:
+        app(standalone_mode=False)
+    except CvddError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except typer.Exit as exit_:
+        raise SystemExit(exit_.exit_code) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors
+            print(f"error: {error.format_message()}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Packaged recipes, and the way from a recipe or a YAML file to a checked RunConfig."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cvdd_ray.config import RunConfig
+from cvdd_ray.errors import ConfigError
+
+HEADER_KEYS = ("base", "description")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the packaged recipes."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files(__name__).iterdir()
+                  if entry.name.endswith(".yaml"))  # fmt: skip
+
+
+def recipe_description(name: str) -> str:
+    """Return a recipe's one-line description."""
+    return str(_read(name).get("description", "")).strip()
+
+
+def load_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Return the checked configuration of a packaged recipe or a YAML file, with `section.key=value` overrides.
+
+    A file may name a `base` (recipe or file) whose settings it changes.  Raises ConfigError: unknown recipe, unreadable
+    YAML, unknown key, wrong type, impossible combination; the message names the field, what was given, what is allowed.
+    """
+    settings = _resolve(recipe, seen=())
+    for override in overrides:
+        path, sign, text = override.partition("=")
+        if not sign or not path:
+            raise ConfigError(f"--set {override}: give section.key=value, e.g. --set synthesize.iterations=500")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: {text!r} is not a YAML value; quote it, e.g. 'ipc=[1, 10]'") from None
+        *sections, last = path.split(".")
+        target = settings
+        for section in sections:
+            child = target.setdefault(section, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
+            target = child
+        target[last] = value
+    return validate(settings)
+
+
+def validate(settings: Mapping[str, Any]) -> RunConfig:
+    """Return the RunConfig of plain settings.  Raises ConfigError with all faults in one line."""
+    try:
+        return RunConfig(**settings)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the whole resolved configuration as YAML that load_config takes."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _resolve(recipe: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if recipe in seen:
+        raise ConfigError(f"recipe {recipe!r}: its bases form a circle ({' -> '.join([*seen, recipe])})")
+    settings = _read(recipe)
+    base = settings.get("base")
+    own = {name: value for name, value in settings.items() if name not in HEADER_KEYS}
+    if base is None:
+        return own
+    beside = Path(recipe).parent / str(base)
+    return _merge(_resolve(str(beside) if beside.is_file() else str(base), (*seen, recipe)), own)
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    packaged = resources.files(__name__) / f"{recipe}.yaml"
+    source = packaged if "/" not in recipe and packaged.is_file() else Path(recipe)
+    if not source.is_file():
+        near = difflib.get_close_matches(recipe, recipe_names(), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"recipe {recipe!r} is neither packaged nor a file; {hint}`cvdd recipes` lists the packaged ones")
+    try:
+        settings = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{recipe}: cannot be read as YAML ({reason})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{recipe}: holds a {type(settings).__name__}, needs sections with keys, as `cvdd recipes NAME` prints")
+    return settings
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    """Return `field: what was given, what is allowed` for one pydantic fault."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = list(_fields(fault["loc"][:-1]))
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
+    given = fault["input"] if not isinstance(fault["input"], (BaseModel, dict)) else None
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: got {given!r}; {message}"
+
+
+def _fields(path: tuple) -> Iterable[str]:
+    model: Any = RunConfig
+    for part in path:
+        model = model.model_fields[part].annotation
+    return model.model_fields
