@@ -74,6 +74,8 @@ class PretrainConfig(Section):
     """Train augmentation: random crop after zero-padding by `pad` pixels, or random resized crop."""
     pad: Annotated[int, Field(ge=0)] = 4
     """Padding of the random crop in pixels."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass: full, or bfloat16 autocast with float32 weights (about twice as fast)."""
 
 
 class PriorConfig(Section):

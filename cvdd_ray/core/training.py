@@ -52,6 +52,7 @@ class PretrainSettings:
     lr: float
     weight_decay: float
     cosine_epochs: int
+    precision: str = "float32"
 
 
 def pretrain_expert(
@@ -71,12 +72,14 @@ def pretrain_expert(
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=s.cosine_epochs)
-    model.train()
+    model.train().to(memory_format=torch.channels_last)
     for epoch in range(s.epochs):
         loss_sum, correct, seen = 0.0, 0, 0
         for images_BCSS, labels_B in epoch_batches(epoch):
-            logits_BK = model(images_BCSS)
-            loss = F.cross_entropy(logits_BK, labels_B)
+            images_BCSS = images_BCSS.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(images_BCSS.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
+                logits_BK = model(images_BCSS)
+            loss = F.cross_entropy(logits_BK.float(), labels_B)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -85,7 +88,7 @@ def pretrain_expert(
             seen += len(labels_B)
         scheduler.step()
         on_epoch(epoch, loss_sum / seen, 100.0 * correct / seen)
-    model.eval()
+    model.eval().to(memory_format=torch.contiguous_format)
 
 
 def kd_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
@@ -135,6 +138,7 @@ def train_student(
     """
     s = settings
     optimizer = torch.optim.AdamW(adamw_groups(student, s.weight_decay), lr=s.lr, betas=(0.9, 0.999), eps=1e-8)
+    student.to(memory_format=torch.channels_last)
     curve = []
     for epoch in range(s.epochs):
         student.train()
@@ -142,7 +146,7 @@ def train_student(
             group["lr"] = smoothed_cosine_lr(s.lr, epoch, s.epochs, s.eta)
         loss_sum, agreed, seen = 0.0, 0, 0
         for plan, targets in epoch_batches(epoch):
-            views_BCSS = batch_views(images_NCHW, plan)
+            views_BCSS = batch_views(images_NCHW, plan).contiguous(memory_format=torch.channels_last)
             sizes = group_sizes(len(views_BCSS), s.bn_group)
             optimizer.zero_grad(set_to_none=True)
             for micro_views, micro_targets in zip(views_BCSS.split(sizes), targets.split(sizes), strict=True):
@@ -169,6 +173,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     model.eval()
     correct = seen = 0
     for images_BCSS, labels_B in batches:
+        images_BCSS = images_BCSS.contiguous(memory_format=torch.channels_last)
         correct += int((model(images_BCSS).argmax(1) == labels_B).sum())
         seen += len(labels_B)
     model.train(was_training)

@@ -122,7 +122,7 @@ def train_one(
             report({"done": (epoch + 1) / c.epochs, "note": note})
 
         settings = PretrainSettings(
-            seed, c.epochs, c.batch_size, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs
+            seed, c.epochs, c.batch_size, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision
         )
         pretrain_expert(model, epoch_batches, settings, on_epoch)
     holdout_accuracy = accuracy(model, test_batches(holdout, info, device))
