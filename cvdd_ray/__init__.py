@@ -1,0 +1,61 @@
+"""Dataset distillation by committee voting (CV-DD) on Ray.
+
+config = cvdd_ray.load_config("digits-demo", ["synthesize.iterations=50"])
+cvdd_ray.run(config, out="runs/mine")
+dataset = cvdd_ray.load_distilled("runs/mine")
+"""
+
+from cvdd_ray.config import RunConfig
+from cvdd_ray.data.distilled import DistilledDataset, load_distilled
+from cvdd_ray.errors import ArtifactError, ConfigError, CvddError, DataError, NumericsError
+from cvdd_ray.recipes import load_config
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.evaluate import evaluate
+from cvdd_ray.stages.initialize import initialize
+from cvdd_ray.stages.pipeline import begin, run_all
+from cvdd_ray.stages.pretrain import pretrain
+from cvdd_ray.stages.prior import prior
+from cvdd_ray.stages.relabel import relabel
+from cvdd_ray.stages.report import write_report
+from cvdd_ray.stages.synthesize import synthesize
+
+__all__ = [
+    "ArtifactError",
+    "ConfigError",
+    "CvddError",
+    "DataError",
+    "DistilledDataset",
+    "NumericsError",
+    "Run",
+    "RunConfig",
+    "begin",
+    "evaluate",
+    "initialize",
+    "load_config",
+    "load_distilled",
+    "pretrain",
+    "prior",
+    "relabel",
+    "run",
+    "run_all",
+    "synthesize",
+    "write_report",
+]
+
+
+def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
+    """Run every stage of `config` below `out` and return the Run, whose `store` and `artifacts` hold the results.
+
+    Uses Ray unless `runtime.engine` is `local`; Ray is shut down at the end.  Raises CvddError's kinds.
+    """
+    this = Run(config, out, overwrite=overwrite)
+    begin(this)
+    if config.runtime.engine == "ray":
+        from cvdd_ray.runner.runtime import RayRuntime
+
+        this.runtime = RayRuntime(config.runtime)
+    try:
+        run_all(this)
+    finally:
+        this.runtime.close()
+    return this

@@ -29,9 +29,12 @@ OptionalRecipe = Annotated[
     typer.Argument(metavar="[RECIPE_OR_YAML]", help="A packaged recipe or a YAML file; default: the run's own config."),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. synthesize.iterations=500.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. synthesize.iterations=500."),
 ]
-OutOption = Annotated[str | None, typer.Option("--out", metavar="DIR", help="Directory of the run; default runs/RECIPE.")]
+OutOption = Annotated[
+    str | None, typer.Option("--out", metavar="DIR", help="Directory of the run; default runs/RECIPE.")
+]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Join this Ray cluster (e.g. auto) instead of starting one here.")
 ]

@@ -18,7 +18,7 @@ class DataConfig(Section):
     source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet"] = "digits"
     """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files."""
     path: str | None = None
-    """Directory of the data (torchvision root, image folder, or a directory/file of Parquet). Not used by `digits`."""
+    """Directory of the data (torchvision root, image folder, or a directory of Parquet files). Not used by `digits`."""
     dataset: str | None = None
     """Row of the dataset table (mean, std, size, roll) for `folder` and `parquet` sources; None: ImageNet statistics."""
     image_size: Positive | None = None
@@ -226,7 +226,11 @@ class EvaluateConfig(Section):
     test_every: Positive = 10
     """Epochs between test evaluations; the last epoch is always tested."""
     baselines: tuple[Literal["random_hard", "random_soft", "start_soft", "eval_labels"], ...] = (
-        "random_hard", "random_soft", "start_soft", "eval_labels")
+        "random_hard",
+        "random_soft",
+        "start_soft",
+        "eval_labels",
+    )
     """Rows beside ours at equal IPC: random real images with hard labels, the same with our soft labels, the starting
     images with our soft labels, our images with eval-mode labels."""
 
@@ -273,3 +277,18 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if not self.ipc or len(set(self.ipc)) != len(self.ipc):
+            raise ValueError(f"ipc must be one or more different numbers, got {list(self.ipc)}, e.g. [1, 10]")
+        if self.relabel.batchnorm == "eval" and "eval_labels" in self.evaluate.baselines:
+            raise ValueError(
+                "evaluate.baselines has eval_labels, but relabel.batchnorm is already eval; drop one of the two"
+            )
+        if self.evaluate.epochs is not None and self.evaluate.epochs > self.relabel.epochs:
+            raise ValueError(
+                f"evaluate.epochs {self.evaluate.epochs} is more than relabel.epochs {self.relabel.epochs}; "
+                f"every epoch needs labels of its own"
+            )
+        return self

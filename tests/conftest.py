@@ -1,9 +1,48 @@
-"""Shared set-up. That this file is here also puts `tests/` on the path, so that test files can import `helpers`."""
+"""Shared by all tests: one thread per process, a home of their own, one Ray for all tests that need it."""
+
+import os
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
+from cvdd_ray.config import RunConfig
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread():
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_runtime():
+    """One private Ray with two cores for the whole test session."""
+    from cvdd_ray.runner.runtime import RayRuntime
+
+    runtime = RayRuntime(tiny_config().runtime)
+    yield runtime
+    runtime.close()
+
+
+def tiny_config(**sections) -> RunConfig:
+    """A run of seconds: bundled digits, two slim experts, a few iterations; sections are merged in."""
+    base = {
+        "ipc": [2],
+        "data": {"source": "digits", "flip": False, "max_per_class": 40, "max_test": 100},
+        "committee": {"experts": ["resnet18", "shufflenet_v2"], "width": 0.125},
+        "pretrain": {"epochs": 1, "batch_size": 64, "lr": 0.005, "pad": 1},
+        "prior": {"ipc": 2, "iterations": 3, "epochs": 1},
+        "initialize": {"images_per_class": 10, "num_crops": 2},
+        "synthesize": {"iterations": 6, "lr": 0.1, "jobs_per_group": 1, "checkpoint_every": 2},
+        "relabel": {"epochs": 2, "batch_size": 10},
+        "evaluate": {"seeds": 2, "test_every": 1},
+        "runtime": {"num_cpus": 2, "object_store_mb": 100},
+    }
+    for name, section in sections.items():
+        base[name] = {**base[name], **section} if isinstance(section, dict) else section
+    return RunConfig(**base)
+
+
+@pytest.fixture
+def make_config():
+    return tiny_config

@@ -91,7 +91,11 @@ class Teacher:
 
 
 def committee_logits(
-    teachers: Sequence[Teacher], weights: Sequence[float], batches: Sequence[Tensor], bn_group: int, max_images: int = 512
+    teachers: Sequence[Teacher],
+    weights: Sequence[float],
+    batches: Sequence[Tensor],
+    bn_group: int,
+    max_images: int = 512,
 ) -> list[Tensor]:
     """Return the weighted sum of the teachers' logits (fp32, (B, K) each) for every batch.
 

@@ -36,7 +36,9 @@ def voters_of_image(
     Raises ConfigError for a size or a fixed voter that the committee does not have.  Source: spec 5.6, decision 9.
     """
     if size > len(experts):
-        raise ConfigError(f"voting.size: got {size}, but the committee has {len(experts)} experts: {', '.join(experts)}")
+        raise ConfigError(
+            f"voting.size: got {size}, but the committee has {len(experts)} experts: {', '.join(experts)}"
+        )
     choices = list(combinations(experts, size))
     if selection == "auto":
         if ipc == 1:

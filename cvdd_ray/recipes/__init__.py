@@ -83,14 +83,18 @@ def _read(recipe: str) -> dict[str, Any]:
     if not source.is_file():
         near = difflib.get_close_matches(recipe, recipe_names(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"recipe {recipe!r} is neither packaged nor a file; {hint}`cvdd recipes` lists the packaged ones")
+        raise ConfigError(
+            f"recipe {recipe!r} is neither packaged nor a file; {hint}`cvdd recipes` lists the packaged ones"
+        )
     try:
         settings = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{recipe}: cannot be read as YAML ({reason})") from None
     if not isinstance(settings, dict):
-        raise ConfigError(f"{recipe}: holds a {type(settings).__name__}, needs sections with keys, as `cvdd recipes NAME` prints")
+        raise ConfigError(
+            f"{recipe}: holds a {type(settings).__name__}, needs sections with keys, as `cvdd recipes NAME` prints"
+        )
     return settings
 
 

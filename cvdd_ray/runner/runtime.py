@@ -74,7 +74,10 @@ class RayRuntime:
                 if name in self._experts:
                     ray.kill(self._experts.pop(name))
                 spec_ref = ray.put(spec)
-                self._holds[name], self._kept[name] = (spec, voter), spec_ref  # a restarted actor asks for its spec again
+                self._holds[name], self._kept[name] = (
+                    (spec, voter),
+                    spec_ref,
+                )  # a restarted actor asks for its spec again
                 self._experts[name] = remote.remote(spec_ref, voter, c.threads_per_actor)
         coordinator = _remote(Coordinator, Share(0.0, 0.0), max_concurrency=min(c.groups_in_flight, num_groups))
         experts = {name: self._experts[name] for name in specs}
@@ -125,5 +128,7 @@ def _get(result_ref: Any) -> Any:
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, CvddError):
-            raise next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)(str(cause.args[0])) from None
+            raise next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)(
+                str(cause.args[0])
+            ) from None
         raise

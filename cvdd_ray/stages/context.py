@@ -117,10 +117,7 @@ class StageWork:
         )  # fmt: skip
 
     def commit(self, files: Mapping[str, bytes], **facts: Any) -> Manifest:
-        manifest = self.run.artifacts.commit(
-            self.plan, files, wall_s=time.monotonic() - self._started, facts=facts
-        )
-        return manifest
+        return self.run.artifacts.commit(self.plan, files, wall_s=time.monotonic() - self._started, facts=facts)
 
     def _collect(self, items, sizes, unit, doing, start) -> dict[str, bytes]:
         store, progress = self.run.store, self.run.progress
@@ -136,7 +133,9 @@ class StageWork:
             shares[name] = max(shares.get(name, 0.0), float(report.get("done", 0.0)))
             for expert, terms in report.get("experts", {}).items():
                 notes[expert] = terms
-            note = report.get("note") or "  ".join(f"{e} ce {ce:.2f} bn {bn:.0f}" for e, (ce, bn) in sorted(notes.items()))
+            note = report.get("note") or "  ".join(
+                f"{e} ce {ce:.2f} bn {bn:.0f}" for e, (ce, bn) in sorted(notes.items())
+            )
             progress.update(sum(sizes[piece] * share for piece, share in shares.items()), note)
 
         for name, result in start(todo, on_report) if todo else ():

@@ -55,7 +55,9 @@ def decode_state(data: bytes) -> SynthesisState:
             tensors["images"], tensors["first_moment"], tensors["second_moment"], int(header["iteration"]), trace
         )
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(f"a synthesis checkpoint is damaged ({error}); remove the stage's folder `partial`") from None
+        raise ArtifactError(
+            f"a synthesis checkpoint is damaged ({error}); remove the stage's folder `partial`"
+        ) from None
 
 
 def run_group(

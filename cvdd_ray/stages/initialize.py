@@ -46,10 +46,20 @@ def initialize(run: Run, ipc: int) -> Manifest:
     factor = c.factor or (1 if run.info.image_size <= SMALL else 2)
     wanted = ipc * factor**2 if c.method == "patches" else ipc
     items = {f"class{label:05d}": item for label, item in enumerate(class_items(run, ipc, wanted))}
-    shared = (split_for_workers(run.real.train, run.info)[0], run.info, specs.get(observer), c, ipc, factor, run.config.seed)
+    shared = (
+        split_for_workers(run.real.train, run.info)[0],
+        run.info,
+        specs.get(observer),
+        c,
+        ipc,
+        factor,
+        run.config.seed,
+    )
     with run.stage(plan, f"initialize ipc {ipc}") as work:
         done = work.each(start_class, items, shared)
-        pixels = np.stack([np.load(io.BytesIO(data), allow_pickle=False) for data in done.values()])  # K, 2, ipc, C, S, S
+        pixels = np.stack(
+            [np.load(io.BytesIO(data), allow_pickle=False) for data in done.values()]
+        )  # K, 2, ipc, C, S, S
         sets = {}
         for kind, name in enumerate((START, RANDOM)):
             sets[name] = write_image_set(image_set(run, pixels[:, kind].swapaxes(0, 1), {"kind": name.split(".")[0]}))
@@ -119,7 +129,9 @@ def patch_images(label, scored, images, info, observer, c, ipc, factor, seed) ->
             random_patches(_normalised(images, index, info), c.num_crops, patch_size, generator(seed, "patch", label, int(index)))
             for index in scored[start : start + 64]
         ]  # fmt: skip
-        losses = observer_losses(network, torch.cat(crops).to(device), label, info.image_size).cpu().view(-1, c.num_crops)
+        losses = (
+            observer_losses(network, torch.cat(crops).to(device), label, info.image_size).cpu().view(-1, c.num_crops)
+        )
         for patches_MCPP, loss_M in zip(crops, losses, strict=True):
             lowest = int(loss_M.argmin())
             best.append((float(loss_M[lowest]), patches_MCPP[lowest]))
@@ -144,4 +156,3 @@ def noise_images(seed: int, ipc: int, label: int, info: DatasetInfo) -> Tensor:
 def _normalised(images, index: int, info: DatasetInfo) -> Tensor:
     pixels = images[index] if isinstance(images, np.ndarray) else images.read(int(index)).transpose(2, 0, 1)
     return normalize(torch.from_numpy(np.array(pixels))[None], info)[0]
-

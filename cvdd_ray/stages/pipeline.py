@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import dump_config
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.evaluate import evaluate, student_epochs
+from cvdd_ray.stages.evaluate import evaluate
 from cvdd_ray.stages.initialize import initialize
 from cvdd_ray.stages.pretrain import check_networks, pretrain
 from cvdd_ray.stages.prior import prior
@@ -19,10 +18,7 @@ CONFIG = "config.yaml"
 def check(run: Run) -> None:
     """Raise ConfigError or DataError for settings that would only fail in a late stage; nothing is computed or written."""
     c = run.config
-    student_epochs(run)
     teacher_names(run)
-    if len(set(c.ipc)) != len(c.ipc) or not c.ipc:
-        raise ConfigError(f"ipc: got {list(c.ipc)}; give one or more different numbers, e.g. [1, 10]")
     for ipc in c.ipc:
         vote_of_image(run, dict.fromkeys(c.committee.experts, 0.0), ipc, 0)
     check_networks(run)

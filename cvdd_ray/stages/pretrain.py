@@ -34,7 +34,14 @@ def pretrain(run: Run) -> None:
     c = run.config
     items = {name: (name, c.committee.weights.get(name), plans[name].seed) for name in todo}
     holdout = split_for_workers(run.real.holdout, run.info)
-    shared = (split_for_workers(run.real.train, run.info), holdout, run.info, c.pretrain, c.committee.width, c.data.flip)
+    shared = (
+        split_for_workers(run.real.train, run.info),
+        holdout,
+        run.info,
+        c.pretrain,
+        c.committee.width,
+        c.data.flip,
+    )
     shares = dict.fromkeys(items, 0.0)
     notes: dict[str, str] = {}
     run.progress.start("pretrain", len(items), "experts")

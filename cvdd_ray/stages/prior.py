@@ -43,7 +43,9 @@ def prior(run: Run) -> None:
     settings = {
         "prior": {**c.prior.model_dump(), "iterations": iterations, "epochs": epochs},
         "synthesize": c.synthesize.model_dump(exclude={"iterations"}),
-        "relabel": c.relabel.model_dump(include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}),
+        "relabel": c.relabel.model_dump(
+            include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}
+        ),
         "evaluate": c.evaluate.model_dump(include={"lr", "weight_decay", "eta", "temperature"}),
         "width": run.width,
         "data.flip": c.data.flip,

@@ -71,5 +71,7 @@ def _decoded_crops(images: RealImages, index_B: list[int], info: DatasetInfo, dr
         image_1CHW = normalize(torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1)[None], info)
         box_14 = draw_boxes(1, *image_1CHW.shape[-2:], draw)
         mirrored = torch.rand(1, generator=draw) < (0.5 if flip else 0.0)
-        crops.append(apply_views(image_1CHW, Views(box_14, mirrored, torch.zeros(1, 2, dtype=torch.long)), info.image_size))
+        crops.append(
+            apply_views(image_1CHW, Views(box_14, mirrored, torch.zeros(1, 2, dtype=torch.long)), info.image_size)
+        )
     return torch.cat(crops)

@@ -79,9 +79,17 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
     specs, hashes = load_experts(run)
     priors, prior_hash = load_priors(run)
     names = teacher_names(run)
-    weights = prior_weights([priors[n] for n in names], c.temperature) if c.weighting == "prior" else [1 / len(names)] * len(names)
+    weights = (
+        prior_weights([priors[n] for n in names], c.temperature)
+        if c.weighting == "prior"
+        else [1 / len(names)] * len(names)
+    )
     settings = {"label_set": label_set, "relabel": c.model_dump(), "data.flip": run.config.data.flip}
-    inputs = {"images": images.content(), "prior": prior_hash, **{f"pretrain/{n}": hashes[f"pretrain/{n}"] for n in names}}
+    inputs = {
+        "images": images.content(),
+        "prior": prior_hash,
+        **{f"pretrain/{n}": hashes[f"pretrain/{n}"] for n in names},
+    }
     plan = run.plan(f"relabel/ipc{ipc}/{label_set}", settings, inputs)
     with run.stage(plan, f"relabel ipc {ipc} {label_set}") as work:
         if work is None:
@@ -117,7 +125,9 @@ def label_epochs(
     first, stop = epochs
     sink = pa.BufferOutputStream()
     writer = None
-    for epoch, rows in enumerate(labelled_epochs(images_NCHW, info, teachers, weights, views, range(first, stop)), first):
+    for epoch, rows in enumerate(
+        labelled_epochs(images_NCHW, info, teachers, weights, views, range(first, stop)), first
+    ):
         batch = label_batch(rows)
         writer = writer or pa.ipc.new_stream(sink, batch.schema)
         writer.write_batch(batch)

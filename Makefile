@@ -1,0 +1,29 @@
+# Each target sets up what it needs: a virtual environment in .venv with the package and its tools.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: demo test lint format clean
+demo: $(VENV)/installed  ## distil the bundled digits, about 5 minutes on 2 cores
+	$(BIN)/cvdd run digits-demo --out runs/demo
+
+test: $(VENV)/installed  ## all tests, no GPU or network needed
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+
+# torch and torchvision are asked for together, so that their builds match
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch torchvision --editable ".[dev]"
+	touch $@

@@ -1,0 +1,57 @@
+"""The architecture's two rules about imports: they point down, and only runner/ knows Ray."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cvdd_ray"
+LAYERS = {"errors": 0, "config": 0, "recipes": 0, "core": 1, "data": 2, "stages": 3, "runner": 4, "cli": 5}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module imported anywhere in a file, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(module: str) -> int | None:
+    parts = module.split(".")
+    return LAYERS.get(parts[1]) if parts[0] == "cvdd_ray" and len(parts) > 1 else None
+
+
+FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = LAYERS[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
+    above = sorted(name for name in imports_of(path) if (layer_of(name) or 0) > own)
+    assert not above
+
+
+@pytest.mark.parametrize("path", [PACKAGE / "__init__.py", *FILES], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_runner_imports_ray(path):
+    if path.relative_to(PACKAGE).parts[0] == "runner":
+        return
+    assert not [name for name in imports_of(path) if name == "ray" or name.startswith("ray.")]
+
+
+def test_importing_the_library_does_not_import_ray():
+    import subprocess
+    import sys
+
+    code = "import cvdd_ray, sys; assert 'ray' not in sys.modules, 'ray was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_stay_small():
+    long = {str(path.relative_to(PACKAGE)): n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
+    assert not long, "a file over 400 lines needs a room of its own"
