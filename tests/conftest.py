@@ -39,7 +39,7 @@ def tiny_config(**sections) -> RunConfig:
         "runtime": {"num_cpus": 2, "object_store_mb": 100},
     }
     for name, section in sections.items():
-        base[name] = {**base[name], **section} if isinstance(section, dict) else section
+        base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
     return RunConfig(**base)
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 
@@ -147,5 +149,6 @@ def first_difference(there: Any, wanted: Any, where: str = "") -> tuple[str, Any
 
 def software_versions() -> dict[str, str]:
     """Return the versions that can change bits: Python, torch, torchvision, pyarrow, this package, the platform."""
-    versions = {name: metadata.version(name) for name in ("cvdd_ray", "torch", "torchvision", "pyarrow")}
-    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
+    versions = {name: metadata.version(name) for name in ("cvdd_ray", "torchvision", "pyarrow")}
+    about = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}
+    return {**about, **versions}

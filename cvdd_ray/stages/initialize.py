@@ -33,9 +33,7 @@ def initialize(run: Run, ipc: int) -> Manifest:
     """
     c = run.config.initialize
     specs, hashes = load_experts(run) if c.method == "patches" else ({}, {})
-    observer = c.observer or run.config.committee.experts[0]
-    if c.method == "patches" and observer not in specs:
-        raise ConfigError(f"initialize.observer: got {observer!r}, the committee has {', '.join(specs)}")
+    observer = observer_name(run)
     inputs = {"train": run.real.train.fingerprint}
     if specs:
         inputs["observer"] = hashes[f"pretrain/{observer}"]
@@ -43,9 +41,8 @@ def initialize(run: Run, ipc: int) -> Manifest:
     found = run.artifacts.finished(plan)
     if found is not None:
         return found
-    factor = c.factor or (1 if run.info.image_size <= SMALL else 2)
-    wanted = ipc * factor**2 if c.method == "patches" else ipc
-    items = {f"class{label:05d}": item for label, item in enumerate(class_items(run, ipc, wanted))}
+    factor = tiles_per_side(run)
+    items = {f"class{label:05d}": item for label, item in enumerate(class_items(run, ipc))}
     shared = (
         split_for_workers(run.real.train, run.info)[0],
         run.info,
@@ -83,9 +80,27 @@ def load_image_set(run: Run, stage: str, name: str, verb: str) -> ImageSet:
     return read_image_set(run.artifacts.read(manifest, name), run.store.display(f"{stage}/{name}"))
 
 
-def class_items(run: Run, ipc: int, wanted: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Return per class (label, indices of real images to score, indices of the random real images)."""
+def observer_name(run: Run) -> str:
+    """Return the expert that scores the patches.  Raises ConfigError when it is not in the committee."""
+    experts = run.config.committee.experts
+    observer = run.config.initialize.observer or experts[0]
+    if observer not in experts:
+        raise ConfigError(f"initialize.observer: got {observer!r}, the committee has {', '.join(experts)}")
+    return observer
+
+
+def tiles_per_side(run: Run) -> int:
+    """Return the patches per side of one starting image."""
+    return run.config.initialize.factor or (1 if run.info.image_size <= SMALL else 2)
+
+
+def class_items(run: Run, ipc: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Return per class (label, indices of real images to score, indices of the random real images).
+
+    Raises ConfigError when a class has too few real images.
+    """
     labels_N, seed, c = np.asarray(run.real.train.labels), run.config.seed, run.config.initialize
+    wanted = ipc * tiles_per_side(run) ** 2 if c.method == "patches" else ipc
     items = []
     for label, name in enumerate(run.classes):
         members = np.flatnonzero(labels_N == label)

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from cvdd_ray.recipes import dump_config
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import evaluate
-from cvdd_ray.stages.initialize import initialize
+from cvdd_ray.stages.initialize import class_items, initialize, observer_name
 from cvdd_ray.stages.pretrain import check_networks, pretrain
-from cvdd_ray.stages.prior import prior
+from cvdd_ray.stages.prior import check_given, prior
 from cvdd_ray.stages.relabel import label_sets, relabel, teacher_names
 from cvdd_ray.stages.synthesize import synthesize
-from cvdd_ray.stages.votes import vote_of_image
+from cvdd_ray.stages.votes import needs_priors, vote_of_image
 
 CONFIG = "config.yaml"
 
@@ -19,9 +19,15 @@ def check(run: Run) -> None:
     """Raise ConfigError or DataError for settings that would only fail in a late stage; nothing is computed or written."""
     c = run.config
     teacher_names(run)
+    observer_name(run)
+    measured = needs_priors(c) and c.prior.method == "distill"
+    if needs_priors(c) and not measured:
+        check_given(run)
     for ipc in c.ipc:
         vote_of_image(run, dict.fromkeys(c.committee.experts, 0.0), ipc, 0)
     check_networks(run)
+    for ipc in {*c.ipc, *([c.prior.ipc] if measured else [])}:
+        class_items(run, ipc)
 
 
 def begin(run: Run) -> None:

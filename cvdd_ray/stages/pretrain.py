@@ -4,6 +4,8 @@ import json
 import time
 from collections.abc import Callable
 
+from torch import nn
+
 from cvdd_ray.config import PretrainConfig
 from cvdd_ray.core.experts import ExpertSpec, work_device
 from cvdd_ray.core.keys import key
@@ -61,12 +63,24 @@ def pretrain(run: Run) -> None:
 
 
 def check_networks(run: Run) -> None:
-    """Raise ConfigError for experts that cannot vote, and for experts or students that do not exist at this size."""
+    """Raise ConfigError for experts that cannot vote, and for experts or students that do not exist at this size;
+    DataError for given weights that do not fit."""
     c, info = run.config, run.info
     for name in c.committee.experts:
-        require_batchnorm(build_model(name, info.num_classes, info.image_size, width=c.committee.width), name)
+        model = build_model(name, info.num_classes, info.image_size, width=c.committee.width)
+        require_batchnorm(model, name)
+        load_given_weights(model, name, c.committee.weights.get(name))
     for name in {*c.evaluate.students, c.prior.student}:
         build_model(name, info.num_classes, info.image_size, width=run.width)
+
+
+def load_given_weights(model: nn.Module, name: str, given: str | None) -> None:
+    """Load the configured weights of an expert, if any.  Raises DataError that names the setting."""
+    if given:
+        try:
+            load_weights(model, given, name=name)
+        except CvddError as error:
+            raise type(error)(f"committee.weights.{name}: {error}") from None
 
 
 def expert_plans(run: Run) -> dict[str, StagePlan]:
@@ -109,10 +123,7 @@ def train_one(
     model = build_seeded(name, info.num_classes, info.image_size, width=width, seed=key(seed, "pretrain", name))
     curve: list[tuple[int, float, float]] = []
     if given:
-        try:
-            load_weights(model, given, name=name)
-        except CvddError as error:
-            raise type(error)(f"committee.weights.{name}: {error}") from None
+        load_given_weights(model, name, given)
         model.eval().to(device)
     else:
         model.to(device)

@@ -74,14 +74,20 @@ def prior(run: Run) -> None:
         run.progress.say("prior: " + ", ".join(f"{name} {value:.1f} %" for name, value in priors.items()))
 
 
-def given_priors(run: Run) -> None:
-    """Make `prior` from `prior.values`."""
+def check_given(run: Run) -> None:
+    """Raise ConfigError unless `prior.values` has one number for every expert."""
     c = run.config
     if set(c.prior.values) != set(c.committee.experts):
         raise ConfigError(
             f"prior.values: got {sorted(c.prior.values)}, needs exactly one number in percent for each of "
             f"{', '.join(c.committee.experts)}"
         )
+
+
+def given_priors(run: Run) -> None:
+    """Make `prior` from `prior.values`."""
+    check_given(run)
+    c = run.config
     plan = run.plan("prior", {"prior": c.prior.model_dump(include={"method", "values"})}, {})
     with run.stage(plan, "prior") as work:
         if work is not None:

@@ -94,7 +94,9 @@ def test_group_batchnorm_moves_with_its_network():
 def test_replacement_goes_in_modules_order_and_leaves_the_model_alone():
     model = tiny_net().train()
     before, seen = state_hash(model), []
-    twin = with_batchnorm_replaced(model, lambda layer, index: seen.append((index, layer.num_features)) or nn.Identity())
+    twin = with_batchnorm_replaced(
+        model, lambda layer, index: seen.append((index, layer.num_features)) or nn.Identity()
+    )
     assert seen == [(0, 4), (1, 8)]
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in twin.modules())
     assert not any(layer.training for layer in twin if not isinstance(layer, nn.Identity))

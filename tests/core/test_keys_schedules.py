@@ -1,5 +1,6 @@
 """Keys: numbers that depend on their place alone. Schedules: the values the spec lists (section 11, check 5)."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,16 @@ from cvdd_ray.core.schedules import recover_lr, smoothed_cosine_lr
 
 
 def test_a_key_depends_on_every_part_and_its_type():
-    places = [(0,), (1,), (0, "view"), (0, "view", 1), (0, "view", "1"), (0, 1, "view"), (0, "view", 1, 2), (0, "view", 2, 1)]
+    places = [
+        (0,),
+        (1,),
+        (0, "view"),
+        (0, "view", 1),
+        (0, "view", "1"),
+        (0, 1, "view"),
+        (0, "view", 1, 2),
+        (0, "view", 2, 1),
+    ]
     keys = [key(*place) for place in places]
     assert len(set(keys)) == len(places)
     assert all(0 <= number < 2**63 for number in keys)
@@ -41,7 +51,7 @@ def test_recover_schedule_has_the_listed_values():
     assert values[:2] == pytest.approx([0.25, 0.125], rel=1e-12)
     assert values[2] == pytest.approx(3.9e-8, abs=0.05e-8)
     rates = [recover_lr(0.25, t, 4000) for t in range(4000)]
-    assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
 
 
 @pytest.mark.parametrize(

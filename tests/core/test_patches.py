@@ -1,5 +1,6 @@
 """Starting patches: ranks and tiles by hand and by numpy, scores by formula, at most one patch per real image."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,14 +25,21 @@ def test_mosaic_of_two_images_with_four_cells():
 @pytest.mark.parametrize(("num_images", "factor"), [(1, 1), (5, 1), (3, 2), (4, 3)])
 def test_mosaics_use_every_rank_once_and_give_later_cells_higher_ones(num_images, factor):
     ranks = mosaic_ranks(num_images, factor)
-    assert sorted(sum(ranks, [])) == list(range(num_images * factor**2))
+    assert sorted(itertools.chain(*ranks)) == list(range(num_images * factor**2))
     columns = np.array(ranks).T  # cell k of all images
     assert (columns[1:].min(1, initial=10**6) > columns[:-1].max(1, initial=-1)).all()
 
 
 @pytest.mark.parametrize(
     ("num_candidates", "needed", "difficulty", "first"),
-    [(10, 4, "easy", 0), (10, 4, "medium", 3), (10, 4, "hard", 6), (9, 4, "medium", 2), (4, 4, "medium", 0), (4, 4, "hard", 0)],
+    [
+        (10, 4, "easy", 0),
+        (10, 4, "medium", 3),
+        (10, 4, "hard", 6),
+        (9, 4, "medium", 2),
+        (4, 4, "medium", 0),
+        (4, 4, "hard", 0),
+    ],
 )
 def test_rank_windows(num_candidates, needed, difficulty, first):
     assert list(rank_window(num_candidates, needed, difficulty)) == list(range(first, first + needed))
@@ -138,7 +146,7 @@ def test_every_patch_comes_from_another_image_and_the_first_cells_hold_the_best(
     assert start.shape == (2, 3, 16, 16)
     cells = [cell_levels(image, 2) for image in start]
     assert cells == [[240, 200, 140, 90], [220, 160, 120, 80]]
-    assert len(set(sum(cells, []))) == 8
+    assert len(set(itertools.chain(*cells))) == 8
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,16 @@ def test_stacking_groups_of_many_batches_is_labelling_one_by_one(max_images):
 
 @pytest.mark.parametrize(
     ("batch", "bn_group", "sizes"),
-    [(16, 8, [8, 8]), (10, 5, [5, 5]), (4, 8, [4]), (12, 8, [8, 4]), (9, 8, [9]), (17, 8, [8, 9]), (3, 2, [3]), (8, 8, [8])],
+    [
+        (16, 8, [8, 8]),
+        (10, 5, [5, 5]),
+        (4, 8, [4]),
+        (12, 8, [8, 4]),
+        (9, 8, [9]),
+        (17, 8, [8, 9]),
+        (3, 2, [3]),
+        (8, 8, [8]),
+    ],
 )
 def test_group_sizes_never_leave_an_image_alone(batch, bn_group, sizes):
     assert group_sizes(batch, bn_group) == sizes
@@ -180,7 +189,9 @@ def test_an_epoch_takes_every_image_once_and_leaves_none_alone(num_images, batch
 
 def test_plans_repeat_and_differ_by_epoch_and_seed():
     assert as_numbers(plans(3)) == as_numbers(plans(3))
-    orders = {tuple(torch.cat([p.image_index_B for p in plans(e, seed=s)]).tolist()) for e in range(5) for s in range(2)}
+    orders = {
+        tuple(torch.cat([p.image_index_B for p in plans(e, seed=s)]).tolist()) for e in range(5) for s in range(2)
+    }
     assert len(orders) == 10
     assert len({p.box for e in range(5) for p in plans(e)}) > 10
 

@@ -1,5 +1,6 @@
 """The synthesis loop against a naive one in plain torch, and what it promises about views, checkpoints and failure."""
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +11,15 @@ from helpers import naive_objective, normal, state_hash, tiny_net
 from torchvision.transforms import functional as tvf
 
 from cvdd_ray.core.committee import LocalCommittee, Vote, Voter
-from cvdd_ray.core.synthesis import VIEW_BLOCK, Job, SynthesisSettings, SynthesisState, distill_group, final_losses, job_views
+from cvdd_ray.core.synthesis import (
+    VIEW_BLOCK,
+    Job,
+    SynthesisSettings,
+    SynthesisState,
+    distill_group,
+    final_losses,
+    job_views,
+)
 from cvdd_ray.errors import NumericsError
 
 SIZE = 12
@@ -169,14 +178,24 @@ def test_a_step_follows_the_cosine_and_the_given_betas():
     levels = [5.0]
     initial = SynthesisState.start(torch.full((1, 3, 3, SIZE, SIZE), 5.0))
     distill_group(
-        TowardsZero(), (job,), initial, settings, on_progress=lambda s: levels.append(float(s.images_JBCHW[0, 0, 0, 0, 0]))
+        TowardsZero(),
+        (job,),
+        initial,
+        settings,
+        on_progress=lambda s: levels.append(float(s.images_JBCHW[0, 0, 0, 0, 0])),
     )
-    steps = [before - after for before, after in zip(levels, levels[1:], strict=False)]
+    steps = [before - after for before, after in itertools.pairwise(levels)]
     assert steps == pytest.approx([0.01 * m for m in (1.0, 0.853553, 0.5, 0.146447)], rel=1e-3)
 
 
 def test_final_losses_are_weighted_sums_of_the_last_rows():
-    trace = [(0, 0, "a", 9.0, 9.0), (1, 0, "a", 1.0, 10.0), (1, 0, "b", 2.0, 20.0), (1, 1, "b", 3.0, 30.0), (1, 1, "c", 5.0, 50.0)]
+    trace = [
+        (0, 0, "a", 9.0, 9.0),
+        (1, 0, "a", 1.0, 10.0),
+        (1, 0, "b", 2.0, 20.0),
+        (1, 1, "b", 3.0, 30.0),
+        (1, 1, "c", 5.0, 50.0),
+    ]
     state = SynthesisState(torch.empty(0), torch.empty(0), torch.empty(0), iteration=2, trace=trace)
     cross_entropy, bn_term = final_losses(state, JOBS)
     assert cross_entropy == pytest.approx([0.7 * 1 + 0.3 * 2, 0.2 * 3 + 0.8 * 5])
@@ -222,7 +241,11 @@ def test_resuming_gives_the_same_bits(cut):
 def test_resuming_around_a_block_of_views_gives_the_same_bits(cut):
     settings, kept = replace(SETTINGS, iterations=VIEW_BLOCK + 6, checkpoint_every=1), {}
     whole = distill_group(
-        TowardsZero(), JOBS, start(), settings, on_checkpoint=lambda state: kept.update({state.iteration: copy_of(state)})
+        TowardsZero(),
+        JOBS,
+        start(),
+        settings,
+        on_checkpoint=lambda state: kept.update({state.iteration: copy_of(state)}),
     )
     assert_same_bits(whole, distill_group(TowardsZero(), JOBS, kept[cut], settings))
 

@@ -39,7 +39,14 @@ PAIRS = [
 
 def voters(image_index, ipc, *, selection="auto", size=2, fixed=None, seed=0, dataset="cifar100"):
     return voters_of_image(
-        EXPERTS, PRIORS[dataset], size=size, selection=selection, fixed=fixed, ipc=ipc, image_index=image_index, seed=seed
+        EXPERTS,
+        PRIORS[dataset],
+        size=size,
+        selection=selection,
+        fixed=fixed,
+        ipc=ipc,
+        image_index=image_index,
+        seed=seed,
     )
 
 
@@ -147,7 +154,9 @@ def test_random_pairs_are_uniform():
 
 
 def test_adding_images_does_not_change_the_first_ones_votes_when_drawn():
-    assert [voters(i, 10, selection="random") for i in range(10)] == [voters(i, 50, selection="random") for i in range(10)]
+    assert [voters(i, 10, selection="random") for i in range(10)] == [
+        voters(i, 50, selection="random") for i in range(10)
+    ]
 
 
 def test_enumeration_starts_again_after_the_last_pair():

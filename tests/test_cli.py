@@ -1,0 +1,134 @@
+"""The command line as a user meets it: verbs, one-line errors, exit codes, nothing written on bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cvdd_ray import cli
+from cvdd_ray.recipes import dump_config
+
+VERBS = ["run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "show", "recipes", "schema"]
+
+
+@pytest.fixture
+def cvdd(monkeypatch, capsys):
+    """Call `cvdd` in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*words: str):
+        monkeypatch.setattr(sys, "argv", ["cvdd", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def tiny_yaml(make_config, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump_config(make_config(runtime={"engine": "local"})))
+    return str(path)
+
+
+def test_help_names_every_verb(cvdd):
+    code, out, _ = cvdd("--help")
+    assert code == 0
+    assert not [verb for verb in VERBS if verb not in out]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(cvdd, verb):
+    code, out, _ = cvdd(verb, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_run_show_and_single_verbs(cvdd, tiny_yaml, tmp_path):
+    out_dir = tmp_path / "run"
+    code, out, err = cvdd("run", tiny_yaml, "--out", str(out_dir))
+    assert code == 0, err
+    assert "distilled, soft labels" in out
+    assert "contact_sheet_ipc2.png" in out
+    assert (out_dir / "report" / "contact_sheet_ipc2.png").stat().st_size > 5000
+    assert (out_dir / "report" / "curves_ipc2.png").exists()
+    code, _, err = cvdd("synthesize", "--out", str(out_dir))
+    assert code == 0
+    assert "already there" in err
+    code, _, err = cvdd("evaluate", "--out", str(out_dir), "--set", "evaluate.lr=0.5")
+    assert code == 2
+    assert "evaluate.lr = 0.001, now asked for 0.5" in err
+    code, _, err = cvdd("evaluate", "--out", str(out_dir), "--set", "evaluate.lr=0.5", "--overwrite")
+    assert code == 0, err
+    code, out, _ = cvdd("show", str(out_dir))
+    assert code == 0
+    assert "resnet18" in out
+
+
+def test_recipes_and_schema(cvdd):
+    code, out, _ = cvdd("recipes")
+    assert code == 0
+    assert "digits-demo" in out
+    code, out, _ = cvdd("recipes", "cifar10-cpu")
+    assert code == 0
+    assert "max_per_class: 2000" in out
+    code, out, _ = cvdd("schema")
+    assert code == 0
+    assert json.loads(out)["properties"]["synthesize"]
+
+
+BAD = [
+    (["run", "nope"], "neither packaged nor a file"),
+    (["run", "digits-demo", "--set", "synthesize.iterations=x"], "synthesize.iterations: got 'x'"),
+    (["run", "digits-demo", "--set", "nothing"], "give section.key=value"),
+    (["run", "digits-demo", "--set", "data.classes=[b, a]"], "data.classes"),
+    (["run", "digits-demo", "--set", "committee.experts=[resnet18]", "--set", "runtime.engine=local"], "voting.size"),
+    (["run", "cifar10-cpu", "--set", "data.path=/no/such/folder"], "/no/such/folder"),
+    (["run", "cifar10", "--set", "data.download=false", "--set", "data.path=/no/such"], "/no/such"),
+    (["run", "folder224", "--set", "data.path=/no/such/images"], "/no/such/images"),
+    (["run", "digits-demo", "--set", "ipc=[500]"], "ipc"),
+    (["run", "digits-demo", "--set", "committee.weights={resnet18: /no/weights.pth}"], "/no/weights.pth"),
+    (["run", "digits-demo", "--set", "initialize.observer=vgg"], "initialize.observer"),
+    (["run", "digits-demo", "--set", "prior.method=given"], "prior.values"),
+    (["synthesize"], "give a recipe"),
+    (["run"], "RECIPE_OR_YAML"),
+    (["fly"], "fly"),
+    (["run", "digits-demo", "--speed", "9"], "--speed"),
+    (["show", "/no/such/run"], "/no/such/run"),
+    (["recipes", "nope"], "neither packaged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input_is_one_clear_line_and_nothing_is_written(cvdd, words, message, tmp_path):
+    out_dir = tmp_path / "out"
+    if words[0] == "run" and len(words) > 1 and "--speed" not in words:
+        words = [*words, "--out", str(out_dir), "--set", "runtime.engine=local"]
+    code, _, err = cvdd(*words)
+    assert code == 2, err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+    assert not out_dir.exists()
+
+
+def test_ctrl_c_ends_with_130(cvdd, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_with_run", interrupted)
+    code, _, err = cvdd("run", "digits-demo")
+    assert code == 130
+    assert "the same command continues" in err
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run([sys.executable, "-m", "cvdd_ray.cli", "recipes"], capture_output=True, text=True, check=True)
+    assert "digits-demo" in done.stdout
