@@ -140,22 +140,22 @@ def _with_run(recipe, set_, out, address, overwrite, work: Callable) -> str:
 def main() -> None:
     """Entry point of `cvdd`: exit code 0, 2 for errors the user can mend, 130 for Ctrl-C."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except CvddError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except typer.Exit as exit_:
-        raise SystemExit(exit_.exit_code) from None
-    except typer.Abort:
-        raise SystemExit(130) from None
+        code = exit_.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             print(f"error: {error.format_message()}", file=sys.stderr)
             raise SystemExit(2) from None
         raise
+    if code == 130:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+    raise SystemExit(code or 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Legend: N images, B images of a batch, C channels, K classes, S pixels.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from cvdd_ray.core.augment import Views, apply_views, draw_boxes
 from cvdd_ray.core.keys import generator
 from cvdd_ray.core.schedules import smoothed_cosine_lr
 from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
+from cvdd_ray.errors import NumericsError
 
 
 def padded_crops(images_BCSS: Tensor, pad: int, draw: torch.Generator, *, flip: bool) -> Tensor:
@@ -64,7 +66,7 @@ def pretrain_expert(
     """Train `model` in place with hard-label cross-entropy; `epoch_batches(epoch)` yields (images_BCSS, labels_B).
 
     The schedule steps once per epoch; the last epoch's weights are the result. `on_epoch` gets (epoch, mean loss, train
-    accuracy in percent).  Source: spec section 2.
+    accuracy in percent).  Raises NumericsError when the loss stops being finite.  Source: spec section 2.
     """
     s = settings
     if s.optimizer == "adam":
@@ -87,6 +89,8 @@ def pretrain_expert(
             correct += int((logits_BK.argmax(1) == labels_B).sum())
             seen += len(labels_B)
         scheduler.step()
+        if not math.isfinite(loss_sum):
+            raise NumericsError(f"pretraining diverged in epoch {epoch + 1}: the loss is not finite; lower pretrain.lr")
         on_epoch(epoch, loss_sum / seen, 100.0 * correct / seen)
     model.eval().to(memory_format=torch.contiguous_format)
 

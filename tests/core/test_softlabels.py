@@ -73,8 +73,8 @@ def test_two_halves_are_not_one_batch_and_not_eval_mode():
 
 
 def test_labelling_twice_is_equal_and_leaves_the_expert_as_it_was():
-    net, images = tiny_net(1, dropout=0.5), normal(0, B, 3, 10, 10)
-    before, kept = state_hash(net), images.clone()
+    net, images = tiny_net(1, dropout=0.5), normal(0, B, 3, 10, 10).requires_grad_(True)
+    before, kept = state_hash(net), images.detach().clone()
     teacher = Teacher(net, batchnorm="batch")
     first, second = (committee_logits([teacher], [1.0], [images], HALF)[0] for _ in range(2))
     assert torch.equal(first, second)

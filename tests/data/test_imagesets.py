@@ -60,6 +60,7 @@ def test_the_datasets_library_opens_it(hub_dataset):
         assert isinstance(row["image"], Image.Image)
         np.testing.assert_array_equal(np.asarray(row["image"]).transpose(2, 0, 1), pixels)
         assert row["label"] == label
+    assert [hub_dataset.features[name].dtype for name in ("bn_term", "job_seed")] == ["float32", "int64"]
     assert list(hub_dataset["voters"]) == COLUMNS["voters"].to_pylist()
     assert list(hub_dataset["voter_weights"]) == COLUMNS["voter_weights"].to_pylist()
     assert list(hub_dataset["job_seed"]) == COLUMNS["job_seed"].to_pylist()

@@ -157,6 +157,20 @@ def test_rows_come_back_in_order_with_logits_rounded_to_half():
             assert not torch.equal(logits2, logits)
 
 
+def test_plain_pyarrow_opens_it():
+    rows = made_up(0)
+    file = pa.ipc.open_file(pa.py_buffer(as_file([label_batch(rows), label_batch(made_up(1))])))
+    assert file.num_record_batches == 2
+    assert file.schema.field("logits").type == pa.list_(pa.float16())  # the size on disk is planned with it
+    first = file.get_batch(0).to_pylist()
+    assert [len(row["image_index"]) for row in first] == [16, 4]
+    for row, (plan, logits) in zip(first, rows, strict=True):
+        assert (row["epoch"], row["batch"], row["cutmix_box"]) == (plan.epoch, plan.batch, list(plan.box))
+        assert (row["image_index"], row["partner"]) == (plan.image_index_B.tolist(), plan.partner_B.tolist())
+        assert (row["crop"], row["flip"]) == (plan.views.boxes_N4.tolist(), plan.views.flips_N.tolist())
+        assert row["logits"] == logits.half().flatten().tolist()  # row-major
+
+
 @pytest.mark.parametrize("piece", [1, 2])
 def test_pieces_made_apart_are_the_file_made_in_one_go(piece):
     batches = [label_batch(made_up(e)) for e in range(4)]

@@ -45,9 +45,9 @@ def local_hashes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("placement", ["spread", "colocate"])
-def test_ray_and_local_make_equal_artifacts(placement, make_config, tmp_path, ray_runtime, local_hashes):
+def test_ray_and_local_make_equal_artifacts(placement, make_config, tmp_path, ray_runtime, local_hashes, monkeypatch):
     config = make_config(runtime={"placement": placement})
-    ray_runtime._c = config.runtime
+    monkeypatch.setattr(ray_runtime, "_c", config.runtime)
     assert distil(config, tmp_path, ray_runtime) == local_hashes
 
 
@@ -83,16 +83,11 @@ def test_an_expert_that_dies_is_restarted_and_answers_the_same(ray_runtime):
     assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def refuse(item, *, report):
-    raise DataError(f"{item}.png cannot be read; remove it")
-
-
-def echo(item, shared, *, report):
-    report({"done": 0.5})
-    return int(item + shared.sum()), torch.get_num_threads()
-
-
 def test_map_shares_reports_and_names_results(ray_runtime):
+    def echo(item, shared, *, report):  # inside the test, so that workers need not import this file
+        report({"done": 0.5})
+        return int(item + shared.sum()), torch.get_num_threads()
+
     items = {f"item{i}": i for i in range(4)}
     done = dict(ray_runtime.map(echo, items, (np.ones(3),)))
     assert {name: value for name, (value, _) in done.items()} == {f"item{i}": i + 3 for i in range(4)}
@@ -100,6 +95,9 @@ def test_map_shares_reports_and_names_results(ray_runtime):
 
 
 def test_errors_a_user_can_mend_cross_ray_as_themselves(ray_runtime):
+    def refuse(item, *, report):
+        raise DataError(f"{item}.png cannot be read; remove it")
+
     with pytest.raises(DataError, match=r"^cat\.png cannot be read; remove it$"):
         list(ray_runtime.map(refuse, {"x": "cat"}))
 
@@ -112,20 +110,14 @@ def test_an_expert_that_blows_up_is_named(make_config, tmp_path, ray_runtime):
     initialize(run, 2)
     specs, _ = load_experts(run)
     model = specs["shufflenet_v2"].build()
-    torch.nn.init.constant_(model.linear.weight, float("nan"))
-    broken = ExpertSpec("shufflenet_v2", 10, 16, 0.125, save_weights_unchecked(model))
+    torch.nn.init.constant_(model.linear.weight, 3e38)  # finite, but its logits are not
+    broken = ExpertSpec("shufflenet_v2", 10, 16, 0.125, save_weights(model))
     from cvdd_ray.stages import synthesize as module
 
     jobs = module.image_jobs(run, 2, lambda i: (("resnet18", "shufflenet_v2"), (0.5, 0.5)))
     plan = run.plan("broken", {}, {})
     with run.stage(plan, "broken") as work, pytest.raises(NumericsError, match=r"iteration 0: expert shufflenet_v2"):
         module.distill(run, work, {"": jobs}, 2, 3, {**specs, "shufflenet_v2": broken})
-
-
-def save_weights_unchecked(model) -> bytes:
-    from safetensors.torch import save
-
-    return save({name: value.contiguous() for name, value in model.state_dict().items()})
 
 
 class TestShares:

@@ -125,7 +125,7 @@ def test_interrupted_synthesis_goes_on_from_checkpoint_to_the_same_bits(finished
     began = []
     monkeypatch.setattr(
         grouptask, "distill_group",
-        lambda committee, jobs, state, *a, **k: began.append(state.iteration) or original_distill(committee, jobs, state, *a, **k),
+        lambda _, jobs, state, *a, **k: began.append(state.iteration) or original_distill(_, jobs, state, *a, **k),
     )  # fmt: skip
     STAGES["synthesize"](Run(finished.config, str(tmp_path)))
     assert began == [2]

@@ -1,0 +1,82 @@
+"""What the README tells a newcomer to type works; what it names is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import cvdd_ray
+from cvdd_ray import cli
+from cvdd_ray.recipes import load_config
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M) if kind == language]
+
+
+def commands(program: str) -> list[list[str]]:
+    """Every command of the README's console blocks that starts with `program`, as words."""
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [word for word in words if word and Path(word[0]).name == program]
+
+
+def test_the_first_thing_is_the_two_commands():
+    first = blocks("console")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
+    assert {words[1] for words in commands("make")} <= set(targets)
+
+
+@pytest.mark.parametrize("words", commands("cvdd"), ids=" ".join)
+def test_every_cvdd_command_is_accepted(words):
+    """Its verb and options exist, its recipe loads with its changes (the run itself is `make demo` and other tests)."""
+    group = typer.main.get_command(cli.app)
+    verb = group.commands[words[1]]
+    given = verb.make_context(words[1], list(words[2:])).params
+    if given.get("recipe"):
+        load_config(given["recipe"], given["set_"] or [])
+
+
+def test_every_verb_of_the_table_exists_and_none_is_missing():
+    rows = re.findall(r"^\| `cvdd (.*?)\|", README, re.M)
+    named = set(
+        re.findall(
+            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|show|recipes|schema)\b", " ".join(rows)
+        )
+    )
+    assert named == set(typer.main.get_command(cli.app).commands)
+
+
+def test_the_library_example_runs(make_config, tmp_path, monkeypatch):
+    """The Python blocks, word for word but for the size of the run and where it goes."""
+    real = cvdd_ray.load_config
+
+    def small(recipe, changes=()):
+        real(recipe, changes)
+        return make_config(ipc=[10], runtime={"engine": "local"}, evaluate={"seeds": 1, "baselines": []})
+
+    monkeypatch.setattr(cvdd_ray, "load_config", small)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(names["dataset"]) == 100
+    assert names["views"].shape[1:] == (3, 16, 16)
+
+
+def test_every_file_of_the_tree_exists_and_none_is_missing():
+    tree = next(block for block in blocks("") if block.startswith("cvdd_ray/\n"))
+    named = set(re.findall(r"\b([a-z0-9_]+\.py)\b", tree)) - {"run.py"}
+    there = {path.name for path in (REPOSITORY / "cvdd_ray").rglob("*.py")} - {"__init__.py"}
+    assert named == there
+
+
+def test_recipes_named_in_the_text_exist():
+    for name in re.findall(r"cvdd run ([a-z0-9-]+)", README):
+        load_config(name)
