@@ -12,7 +12,7 @@ from cvdd_ray.recipes import load_config
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import evaluate
 from cvdd_ray.stages.initialize import initialize
-from cvdd_ray.stages.pipeline import begin, run_all
+from cvdd_ray.stages.pipeline import begin, remember, run_all
 from cvdd_ray.stages.pretrain import pretrain
 from cvdd_ray.stages.prior import prior
 from cvdd_ray.stages.relabel import relabel
@@ -36,6 +36,7 @@ __all__ = [
     "pretrain",
     "prior",
     "relabel",
+    "remember",
     "run",
     "run_all",
     "synthesize",
@@ -56,6 +57,7 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
         this.runtime = RayRuntime(config.runtime)
     try:
         run_all(this)
+        remember(this)
     finally:
         this.runtime.close()
     return this

@@ -120,7 +120,7 @@ def _with_run(recipe, set_, out, address, overwrite, work: Callable) -> str:
 
     from cvdd_ray.runner.progress import LiveProgress
     from cvdd_ray.stages.context import Run
-    from cvdd_ray.stages.pipeline import begin
+    from cvdd_ray.stages.pipeline import begin, remember
 
     progress = LiveProgress()
     run = Run(config, folder, progress=progress, overwrite=overwrite)
@@ -131,6 +131,7 @@ def _with_run(recipe, set_, out, address, overwrite, work: Callable) -> str:
 
             run.runtime = RayRuntime(config.runtime)
         work(run)
+        remember(run)
     finally:
         progress.close()
         run.runtime.close()

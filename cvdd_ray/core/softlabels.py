@@ -69,7 +69,7 @@ def group_sizes(batch: int, bn_group: int) -> list[int]:
 class Teacher:
     """A frozen expert that writes logits; in `batch` mode every BatchNorm uses its group's own statistics (BSSL).
 
-    `scope="full"` puts dropout in train mode too, as the published code does (parity; its labels are then random).
+    `scope="full"` puts dropout and its like in train mode too, as the published code does (parity; its labels are then random).
     """
 
     def __init__(self, model: nn.Module, *, batchnorm: str, scope: str = "bn"):
@@ -79,9 +79,7 @@ class Teacher:
         else:
             self._model = with_batchnorm_replaced(model, lambda layer, index: layer)
         if scope == "full":
-            for module in self._model.modules():
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    module.train()
+            self._model.train()  # its BatchNorm has been replaced, so this wakes dropout and stochastic depth
 
     @torch.no_grad()
     def logits(self, views_NCHW: Tensor, num_groups: int = 1) -> Tensor:

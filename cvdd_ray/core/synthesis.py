@@ -170,14 +170,22 @@ def final_losses(state: SynthesisState, jobs: tuple[Job, ...]) -> tuple[list[flo
 
 
 def _require_finite(gradient, votes, jobs, jobs_of, iteration) -> None:
-    if bool(torch.isfinite(gradient).all()):
+    """Raise NumericsError for the first loss or gradient that is not finite, naming job, iteration and expert."""
+    terms = torch.cat([torch.cat([vote.cross_entropy_G, vote.bn_term_G]) for vote in votes.values()])
+    if bool(torch.isfinite(gradient).all() & torch.isfinite(terms).all()):
         return
     for name, vote in votes.items():
-        finite_J = torch.isfinite(vote.gradient_GBCHW).flatten(1).all(1) & torch.isfinite(vote.cross_entropy_G)
-        for position, finite in enumerate(finite_J.tolist()):
+        finite_G = torch.isfinite(vote.gradient_GBCHW).flatten(1).all(1)
+        finite_G = finite_G & torch.isfinite(vote.cross_entropy_G) & torch.isfinite(vote.bn_term_G)
+        for position, finite in enumerate(finite_G.tolist()):
             if not finite:
                 job = jobs[jobs_of[name][position]]
                 raise NumericsError(
                     f"image index {job.image_index}, class chunk {job.chunk}, iteration {iteration}: expert {name} "
                     f"returned a loss or gradient that is not finite; check its weights, or lower synthesize.lr"
                 )
+    j = int((~torch.isfinite(gradient).flatten(1).all(1)).nonzero()[0])
+    raise NumericsError(
+        f"image index {jobs[j].image_index}, class chunk {jobs[j].chunk}, iteration {iteration}: every vote is finite, "
+        f"but their weighted sum is not (weights {list(jobs[j].weights)}); check the priors and voting.temperature"
+    )

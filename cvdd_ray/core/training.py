@@ -137,12 +137,14 @@ def train_student(
 
     `epoch_batches(epoch)` yields (plan, targets): logits_BK of the teachers, or labels_B with temperature None. Each
     batch is cut into micro-batches of `bn_group` images, so that the student's BatchNorm sees the images the teachers'
-    saw; losses are divided by batch_size / bn_group (a short batch weighs less), one AdamW step per batch. The test
+    saw; losses are divided by the number of groups of a whole batch (a short batch weighs less), one AdamW step per
+    batch. The test
     accuracy is taken every `test_every` epochs and after the last.  Source: spec section 7, decisions 5-8.
     """
     s = settings
     optimizer = torch.optim.AdamW(adamw_groups(student, s.weight_decay), lr=s.lr, betas=(0.9, 0.999), eps=1e-8)
     student.to(memory_format=torch.channels_last)
+    num_accumulated = len(group_sizes(s.batch_size, s.bn_group))
     curve = []
     for epoch in range(s.epochs):
         student.train()
@@ -159,7 +161,7 @@ def train_student(
                     loss, wanted = F.cross_entropy(logits, micro_targets), micro_targets
                 else:
                     loss, wanted = kd_loss(logits, micro_targets, s.temperature), micro_targets.argmax(1)
-                (loss * (s.bn_group / s.batch_size)).backward()
+                (loss / num_accumulated).backward()
                 loss_sum += float(loss.detach()) * len(logits)
                 agreed += int((logits.argmax(1) == wanted).sum())
                 seen += len(logits)

@@ -128,12 +128,27 @@ class Artifacts:
     def read(self, manifest: Manifest, name: str) -> bytes:
         """Return a file of a finished stage, verified.  Raises ArtifactError when it is missing or altered."""
         content = self.store.read(f"{manifest.stage}/{name}")
-        if sha256(content) != manifest.files.get(name):
+        self._require_digest(manifest, name, sha256(content))
+        return content
+
+    def verify(self, manifest: Manifest, name: str) -> str:
+        """Return the store's name of a file that is to be opened in place, after reading it once through.
+
+        Raises ArtifactError when it is missing or altered.
+        """
+        digest = hashlib.sha256()
+        with self.store.open(f"{manifest.stage}/{name}") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+        self._require_digest(manifest, name, digest.hexdigest())
+        return f"{manifest.stage}/{name}"
+
+    def _require_digest(self, manifest: Manifest, name: str, digest: str) -> None:
+        if digest != manifest.files.get(name):
             raise ArtifactError(
                 f"{self.store.display(f'{manifest.stage}/{name}')} does not have the sha256 its manifest says; "
                 f"it was altered or damaged: remove the folder {manifest.stage} and run the command again"
             )
-        return content
 
 
 def first_difference(there: Any, wanted: Any, where: str = "") -> tuple[str, Any, Any] | None:

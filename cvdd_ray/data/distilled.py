@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cvdd_ray.core.softlabels import batch_views
+from cvdd_ray.data.artifacts import Artifacts
 from cvdd_ray.data.imagesets import ImageSet, read_image_set
 from cvdd_ray.data.labels import SoftLabels
 from cvdd_ray.data.storage import Store
@@ -54,7 +55,7 @@ def load_distilled(path: str, ipc: int | None = None) -> DistilledDataset:
     """Return the distilled set of a run directory (or s3:// URI), or of one .arrow file (then without soft labels).
 
     `ipc` picks one of several; None takes the only one there is.  Raises ArtifactError when there is none, when several
-    could be meant, or when soft labels belong to other images.
+    could be meant, when a file was altered, or when soft labels belong to other images.
     """
     path = str(path)
     if path.endswith(".arrow"):
@@ -70,10 +71,11 @@ def load_distilled(path: str, ipc: int | None = None) -> DistilledDataset:
         raise ArtifactError(
             f"{path}: distilled sets for IPC {there}; name one with ipc=, or make it with `cvdd synthesize`"
         )
-    stage = f"synthesize/{wanted[0]}"
-    images = read_image_set(store.read(f"{stage}/{IMAGES_NAME}"), store.display(f"{stage}/{IMAGES_NAME}"))
-    label_file = f"relabel/{wanted[0]}/distilled/{LABELS_NAME}"
-    labels = None
-    if store.exists(label_file):
-        labels = SoftLabels(store.open(label_file), store.display(label_file), images.content())
-    return DistilledDataset(images, labels)
+    artifacts = Artifacts(store)
+    manifest = artifacts.require(f"synthesize/{wanted[0]}", "synthesize")
+    images = read_image_set(artifacts.read(manifest, IMAGES_NAME), store.display(f"{manifest.stage}/{IMAGES_NAME}"))
+    labelled = artifacts.manifest(f"relabel/{wanted[0]}/distilled")
+    if labelled is None:
+        return DistilledDataset(images, None)
+    label_file = artifacts.verify(labelled, LABELS_NAME)
+    return DistilledDataset(images, SoftLabels(store.open(label_file), store.display(label_file), images.content()))

@@ -100,13 +100,14 @@ def read_image_set(data: bytes, name: str) -> ImageSet:
         decoded = [decode_image(row["bytes"]) for row in table["image"].to_pylist()]
         labels_N = table["label"].to_numpy().astype(np.int64)
         images_NCHW = np.stack(decoded)
+        classes = tuple(metadata.pop("classes"))
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ArtifactError(
             f"{name} is not an image set of cvdd_ray ({reason}); give the .arrow file of a run"
         ) from None
     columns = {key: table[key].combine_chunks() for key in table.column_names if key not in ("image", "label")}
-    return ImageSet(images_NCHW, labels_N, tuple(metadata.pop("classes")), columns, metadata)
+    return ImageSet(images_NCHW, labels_N, classes, columns, metadata)
 
 
 def _hub_feature(kind: pa.DataType) -> dict:

@@ -21,14 +21,16 @@ class Store:
     def __init__(self, root: str):
         self.root = str(root)
         try:
-            if re.match(r"^[a-z][a-z0-9+]*://", self.root):
+            if re.match(r"^[A-Za-z][A-Za-z0-9+]*://", self.root):
                 self._fs, self._base = fs.FileSystem.from_uri(self.root)
+                if not self._base:
+                    raise pa.ArrowInvalid("no bucket")
             else:
                 self._fs, self._base = fs.LocalFileSystem(), str(Path(self.root).absolute())
         except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(
-                f"storage.out: cannot open {_without_secrets(self.root)!r} ({_first_line(error)}); "
-                f"give a directory or an s3:// URI"
+            raise ArtifactError(  # pyarrow's own message repeats the URI, credentials and all
+                f"storage.out: cannot open {_without_secrets(self.root)!r} ({type(error).__name__}); "
+                f"give a directory or an s3://bucket/prefix URI"
             ) from None
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
 
@@ -51,13 +53,14 @@ class Store:
             with self._fs.open_input_stream(self.path(name)) as stream:
                 return stream.read()
         except FileNotFoundError:
-            raise ArtifactError(f"{self.display(name)} is not there; run the stage that makes it") from None
+            raise self._absent(name) from None
 
     def open(self, name: str) -> pa.NativeFile:
-        """Return a random-access file, memory-mapped where the disk is local."""
-        if self.is_local:
-            return pa.memory_map(self.path(name))
-        return self._fs.open_input_file(self.path(name))
+        """Return a random-access file, memory-mapped where the disk is local.  Raises ArtifactError when it is absent."""
+        try:
+            return pa.memory_map(self.path(name)) if self.is_local else self._fs.open_input_file(self.path(name))
+        except FileNotFoundError:
+            raise self._absent(name) from None
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file or nothing: temporary name, fsync, rename (an object store's put is atomic by itself)."""
@@ -94,6 +97,9 @@ class Store:
         if self.exists(name):
             self._fs.delete_file(self.path(name))
 
+    def _absent(self, name: str) -> ArtifactError:
+        return ArtifactError(f"{self.display(name)} is not there; run the stage that makes it")
+
     def display(self, name: str) -> str:
         """Return root and name for a message, without credentials."""
         return f"{_without_secrets(self.root).rstrip('/')}/{name}"
@@ -101,7 +107,3 @@ class Store:
 
 def _without_secrets(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri).split("?")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

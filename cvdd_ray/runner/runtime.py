@@ -39,7 +39,7 @@ class RayRuntime:
 
     def map(self, function, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         share = task_share(self._c)
-        remote = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_retries=-1)(_call)
+        remote = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_retries=3)(_call)
         shared_refs = [ray.put(value) for value in shared]
         waiting = {
             remote.remote(function, item, name, self._mailbox, self._c.threads_per_actor, *shared_refs): name

@@ -105,8 +105,9 @@ def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
         label_file = None
         if label_set:
             label_stage = f"relabel/ipc{ipc}/{label_set}"
-            inputs[label_stage] = run.artifacts.require(label_stage, "relabel").content
-            label_file = f"{label_stage}/{LABELS}"
+            labelled = run.artifacts.require(label_stage, "relabel")
+            inputs[label_stage] = labelled.content
+            label_file = run.artifacts.verify(labelled, LABELS)
         inputs[f"images/{name}"] = images.content()
         arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), label_file)
     return arms, inputs

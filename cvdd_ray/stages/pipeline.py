@@ -33,8 +33,13 @@ def check(run: Run) -> None:
 def begin(run: Run) -> None:
     """Check the run, then keep its resolved configuration beside the artifacts, so that later verbs need only --out."""
     check(run)
-    if run.artifacts.overwrite or not run.store.exists(CONFIG):
-        run.store.write(CONFIG, dump_config(run.config).encode())
+    if not run.store.exists(CONFIG):
+        remember(run)
+
+
+def remember(run: Run) -> None:
+    """Write the resolved configuration; called again when the work is done, since only then it is what is there."""
+    run.store.write(CONFIG, dump_config(run.config).encode())
 
 
 def per_ipc(stage: Callable[[Run, int], object]) -> Callable[[Run], None]:

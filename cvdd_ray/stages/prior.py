@@ -42,7 +42,7 @@ def prior(run: Run) -> None:
     student = student_settings(run, epochs)
     settings = {
         "prior": {**c.prior.model_dump(), "iterations": iterations, "epochs": epochs},
-        "synthesize": c.synthesize.model_dump(exclude={"iterations"}),
+        "synthesize": c.synthesize.model_dump(exclude={"iterations", "checkpoint_every"}),
         "relabel": c.relabel.model_dump(
             include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}
         ),

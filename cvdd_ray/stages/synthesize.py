@@ -31,7 +31,7 @@ def synthesize(run: Run, ipc: int) -> None:
     initialized = run.artifacts.require(f"initialize/ipc{ipc}", "initialize")
     settings = {
         "ipc": ipc,
-        "synthesize": c.synthesize.model_dump(),
+        "synthesize": c.synthesize.model_dump(exclude={"checkpoint_every"}),
         "voting": c.voting.model_dump(),
         "data.flip": c.data.flip,
         "initialize.method": c.initialize.method,
