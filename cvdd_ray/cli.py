@@ -82,7 +82,8 @@ for _verb, _summary in {
 def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")]) -> None:
     """Print a run's summary; write its table, contact sheets and curves to DIR/report."""
     from cvdd_ray.data.storage import Store
-    from cvdd_ray.stages.report import rich_summary, summarize_run, write_report
+    from cvdd_ray.stages.report import rich_summary, write_report
+    from cvdd_ray.stages.summary import summarize_run
 
     store = Store(folder)
     console = Console(width=None if sys.stdout.isatty() else 100)

@@ -20,15 +20,8 @@ from cvdd_ray.errors import ArtifactError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.pictures import contact_sheet
 from cvdd_ray.stages.pipeline import run_all
-from cvdd_ray.stages.report import (
-    TRAINING_SETS,
-    accuracy_table,
-    markdown_table,
-    rich_summary,
-    rich_table,
-    summarize_run,
-    write_report,
-)
+from cvdd_ray.stages.report import accuracy_table, markdown_table, rich_summary, rich_table, write_report
+from cvdd_ray.stages.summary import TRAINING_SETS, summarize_run
 from cvdd_ray.stages.synthesize import synthesize
 
 EXPERTS = ("resnet18", "shufflenet_v2")
