@@ -12,7 +12,7 @@ from cvdd_ray.recipes import load_config
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import evaluate
 from cvdd_ray.stages.initialize import initialize
-from cvdd_ray.stages.pipeline import begin, remember, run_all
+from cvdd_ray.stages.pipeline import check, run_all
 from cvdd_ray.stages.pretrain import pretrain
 from cvdd_ray.stages.prior import prior
 from cvdd_ray.stages.relabel import relabel
@@ -28,7 +28,7 @@ __all__ = [
     "NumericsError",
     "Run",
     "RunConfig",
-    "begin",
+    "check",
     "evaluate",
     "initialize",
     "load_config",
@@ -36,7 +36,6 @@ __all__ = [
     "pretrain",
     "prior",
     "relabel",
-    "remember",
     "run",
     "run_all",
     "synthesize",
@@ -50,14 +49,13 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
     Uses Ray unless `runtime.engine` is `local`; Ray is shut down at the end.  Raises CvddError's kinds.
     """
     this = Run(config, out, overwrite=overwrite)
-    begin(this)
+    check(this)
     if config.runtime.engine == "ray":
         from cvdd_ray.runner.runtime import RayRuntime
 
         this.runtime = RayRuntime(config.runtime)
     try:
         run_all(this)
-        remember(this)
     finally:
-        this.runtime.close()
+        this.close()
     return this

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -49,9 +48,7 @@ def run_command(
     overwrite: OverwriteOption = False,
 ) -> None:  # fmt: skip
     """All stages; run again after an interruption, it continues where it stopped."""
-    from cvdd_ray.stages.pipeline import run_all
-
-    folder = _with_run(recipe, set_, out, address, overwrite, run_all)
+    folder = _with_run("run", recipe, set_, out, address, overwrite)
     show(folder)
 
 
@@ -60,9 +57,7 @@ def _stage_command(verb: str, summary: str) -> None:
         recipe: OptionalRecipe = None, set_: SetOption = None, out: OutOption = None, address: AddressOption = None,
         overwrite: OverwriteOption = False,
     ) -> None:  # fmt: skip
-        from cvdd_ray.stages.pipeline import STAGES
-
-        _with_run(recipe, set_, out, address, overwrite, STAGES[verb])
+        _with_run(verb, recipe, set_, out, address, overwrite)
 
     app.command(verb, help=summary)(command)
 
@@ -111,32 +106,47 @@ def schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(), indent=1))
 
 
-def _with_run(recipe, set_, out, address, overwrite, work: Callable) -> str:
-    """Build the run, do `work(run)`, return the run's directory."""
+def _with_run(verb: str, recipe, set_, out, address, overwrite) -> str:
+    """Build the run, do one verb's work, return the run's directory."""
     if recipe is None and out is None:
         raise ConfigError("give a recipe or a YAML file (`cvdd recipes` lists them), or --out DIR of an existing run")
-    source = recipe or str(Path(out) / "config.yaml")
-    config = load_config(source, [*(set_ or []), *([f"runtime.address={address}"] if address else [])])
-    folder = out or config.storage.out or str(Path("runs") / Path(source).stem)
+    changes = [*(set_ or []), *([f"runtime.address={address}"] if address else [])]
+    config = load_config(recipe, changes) if recipe else _config_of(out, changes)
+    folder = out or config.storage.out or str(Path("runs") / Path(recipe).stem)
 
     from cvdd_ray.runner.progress import LiveProgress
     from cvdd_ray.stages.context import Run
-    from cvdd_ray.stages.pipeline import begin, remember
+    from cvdd_ray.stages.pipeline import STAGES, check, remember, run_all
 
     progress = LiveProgress()
     run = Run(config, folder, progress=progress, overwrite=overwrite)
     try:
-        begin(run)
+        check(run)
         if config.runtime.engine == "ray":
             from cvdd_ray.runner.runtime import RayRuntime
 
             run.runtime = RayRuntime(config.runtime)
-        work(run)
-        remember(run)
+        if verb == "run":
+            run_all(run)
+        else:
+            STAGES[verb](run)
+            remember(run, verb)
     finally:
         progress.close()
-        run.runtime.close()
+        run.close()
     return folder
+
+
+def _config_of(folder: str, changes: list[str]) -> RunConfig:
+    """Return the configuration an existing run remembers."""
+    from cvdd_ray.data.storage import Store
+    from cvdd_ray.recipes import parse_config
+    from cvdd_ray.stages.pipeline import CONFIG
+
+    store = Store(folder)
+    if not store.exists(CONFIG):
+        raise ConfigError(f"--out {folder}: no run there ({store.display(CONFIG)} is missing); name a recipe as well")
+    return parse_config(store.read(CONFIG).decode(), store.display(CONFIG), changes)
 
 
 def main() -> None:

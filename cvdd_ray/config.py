@@ -2,10 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _ordered(scale: tuple[float, float]) -> tuple[float, float]:
+    low, high = scale
+    if not 0 < low <= high:
+        raise ValueError(f"needs 0 < low <= high <= 1, got {list(scale)}")
+    return scale
+
+
+AreaRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -147,7 +158,7 @@ class SynthesizeConfig(Section):
     """Adam steps per image."""
     lr: PositiveFloat = 0.25
     """Initial learning rate on the pixels (normalised space), cosine to 0."""
-    betas: tuple[Fraction, Fraction] = (0.5, 0.9)
+    betas: tuple[Beta, Beta] = (0.5, 0.9)
     """Adam's beta1, beta2."""
     bn_weight: NonNegative = 0.01
     """r_bn: weight of the BatchNorm-matching term."""
@@ -155,7 +166,7 @@ class SynthesizeConfig(Section):
     """Multiplier of the first BatchNorm layer's term."""
     augment: bool = True
     """Random resized crop and flip of every view; the roll is always on."""
-    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    crop_scale: AreaRange = (0.08, 1.0)
     """Area range of the random resized crop."""
     roll: Annotated[int, Field(ge=0)] | None = None
     """Largest circular shift in pixels, drawn from 0..roll; None: the dataset table's (4, at 224 px 32)."""
@@ -183,26 +194,31 @@ class RelabelConfig(Section):
     epochs: Positive = 300
     """Epochs of labelled views; evaluate cannot train longer."""
     batch_size: Positive = 16
-    """Images per batch (CutMix partners come from the same batch)."""
+    """Images per batch (CutMix partners come from the same batch); a smaller set is one batch."""
     bn_group: Positive | None = None
     """Images per BatchNorm group in labelling and micro-batch of the student; None: batch_size // 2."""
     cutmix: bool = True
     """CutMix with Beta(1,1) on every batch."""
-    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    crop_scale: AreaRange = (0.08, 1.0)
     """Area range of the random resized crop."""
 
-    def resolved_bn_group(self) -> int:
-        """Images per BatchNorm group."""
-        return self.bn_group or max(1, self.batch_size // 2)
+    def resolved_batch_size(self, num_images: int) -> int:
+        """Images per batch of a set of `num_images`: CIFAR-10 at IPC 1 is one batch of 10, as published."""
+        return min(self.batch_size, num_images)
+
+    def resolved_bn_group(self, num_images: int) -> int:
+        """Images per BatchNorm group of a set of `num_images`."""
+        batch = self.resolved_batch_size(num_images)
+        return min(self.bn_group or max(2, batch // 2), batch)
 
     @model_validator(mode="after")
     def _check(self):
         if self.scope == "full" and self.batchnorm == "eval":
             raise ValueError("scope 'full' has no effect with batchnorm 'eval'")
-        if self.resolved_bn_group() > self.batch_size:
+        if self.bn_group and self.bn_group > self.batch_size:
             raise ValueError(f"bn_group {self.bn_group} is larger than batch_size {self.batch_size}")
-        if self.batchnorm == "batch" and self.resolved_bn_group() < 2:
-            raise ValueError("batchnorm 'batch' needs bn_group of at least 2 images to have statistics")
+        if self.batchnorm == "batch" and min(self.bn_group or 2, self.batch_size) < 2:
+            raise ValueError("batchnorm 'batch' needs bn_group and batch_size of at least 2 images to have statistics")
         return self
 
 
@@ -251,7 +267,13 @@ class RuntimeConfig(Section):
     threads_per_actor: Positive = 1
     """Torch threads of every actor and task."""
     groups_in_flight: Positive = 2
-    """Job groups driven at once, so that no expert waits for a coordinator."""
+    """Job groups the coordinator drives at once, so that no expert waits for it."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.engine == "local" and self.address:
+            raise ValueError("address has no effect with engine 'local'; drop one of the two")
+        return self
 
 
 class StorageConfig(Section):
@@ -260,7 +282,7 @@ class StorageConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run. Results depend on everything but `runtime` and `storage`."""
+    """A whole run. Results depend on everything but `runtime` and `storage` (to the bit: also on threads_per_actor)."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Every random choice is a pure function of this number and its place (image, iteration, epoch ...)."""

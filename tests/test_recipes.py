@@ -30,7 +30,8 @@ def test_paper_numbers_of_cifar10():
     assert (c.synthesize.iterations, c.synthesize.lr, c.synthesize.betas) == (4000, 0.25, (0.5, 0.9))
     assert (c.synthesize.bn_weight, c.synthesize.first_bn_multiplier) == (0.01, 10.0)
     assert (c.voting.size, c.voting.temperature, c.relabel.temperature) == (2, 5.0, 10.0)
-    assert (c.relabel.epochs, c.relabel.batch_size, c.relabel.resolved_bn_group()) == (300, 16, 8)
+    assert (c.relabel.epochs, c.relabel.batch_size, c.relabel.resolved_bn_group(500)) == (300, 16, 8)
+    assert (c.relabel.resolved_batch_size(10), c.relabel.resolved_bn_group(10)) == (10, 5)  # IPC 1, as published
     assert (c.evaluate.temperature, c.evaluate.lr, c.evaluate.weight_decay, c.evaluate.eta) == (20.0, 1e-3, 0.01, 1.0)
     assert (c.pretrain.optimizer, c.pretrain.epochs, c.pretrain.batch_size, c.pretrain.lr) == ("adam", 200, 512, 1e-3)
 
@@ -77,6 +78,9 @@ BAD = {
     "ipc=[10, 10]": r"ipc",
     "relabel={batchnorm: eval, scope: full}": r"no effect",
     "relabel.batchnorm=eval": r"eval_labels",
+    "synthesize.betas=[1.0, 0.9]": r"synthesize\.betas\.0: got 1\.0; .*less than 1",
+    "synthesize.crop_scale=[0.9, 0.1]": r"synthesize\.crop_scale: needs 0 < low",
+    "runtime={engine: local, address: auto}": r"address has no effect",
     "synthesize": r"give section\.key=value",
     "ipc=[1,": r"not a YAML value",
     "seed.x=1": r"'seed' is a value|seed: got",

@@ -32,9 +32,10 @@ def work_device() -> torch.device:
 
 
 def prepare_torch(threads: int) -> torch.device:
-    """Set this process up for reproducible work and return its device: torch threads as given, cuDNN deterministic and
-    without autotuning."""
+    """Set this process up for reproducible work and return its device: torch threads as given, cuDNN deterministic,
+    without autotuning or TF32."""
     torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
     return work_device()

@@ -45,11 +45,9 @@ def resized_crops(images_BCSS: Tensor, draw: torch.Generator, *, flip: bool) -> 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Numbers of the squeeze (spec section 2): epochs, images per step, Adam with coupled L2 or SGD, cosine T_max."""
+    """Numbers of the squeeze (spec section 2): epochs, Adam with coupled L2 or SGD, cosine T_max in epochs."""
 
-    seed: int
     epochs: int
-    batch_size: int
     optimizer: str
     lr: float
     weight_decay: float

@@ -26,7 +26,10 @@ class Store:
                 if not self._base:
                     raise pa.ArrowInvalid("no bucket")
             else:
-                self._fs, self._base = fs.LocalFileSystem(), str(Path(self.root).absolute())
+                self.root = str(
+                    Path(self.root).expanduser().absolute()
+                )  # other processes have other working directories
+                self._fs, self._base = fs.LocalFileSystem(), self.root
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(  # pyarrow's own message repeats the URI, credentials and all
                 f"storage.out: cannot open {_without_secrets(self.root)!r} ({type(error).__name__}); "

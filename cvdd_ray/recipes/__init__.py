@@ -32,7 +32,15 @@ def load_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
     A file may name a `base` (recipe or file) whose settings it changes.  Raises ConfigError: unknown recipe, unreadable
     YAML, unknown key, wrong type, impossible combination; the message names the field, what was given, what is allowed.
     """
-    settings = _resolve(recipe, seen=())
+    return _with_overrides(_resolve(recipe, seen=()), overrides)
+
+
+def parse_config(text: str, name: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Return the checked configuration in YAML text without a base; `name` is used in messages.  Raises ConfigError."""
+    return _with_overrides(_parse(text, name), overrides)
+
+
+def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> RunConfig:
     for override in overrides:
         path, sign, text = override.partition("=")
         if not sign or not path:
@@ -87,10 +95,17 @@ def _read(recipe: str) -> dict[str, Any]:
             f"recipe {recipe!r} is neither packaged nor a file; {hint}`cvdd recipes` lists the packaged ones"
         )
     try:
-        settings = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{recipe}: cannot be read as YAML ({reason})") from None
+        text = source.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{recipe}: cannot be read as text ({error})") from None
+    return _parse(text, recipe)
+
+
+def _parse(text: str, recipe: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{recipe}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
         raise ConfigError(
             f"{recipe}: holds a {type(settings).__name__}, needs sections with keys, as `cvdd recipes NAME` prints"

@@ -1,8 +1,11 @@
 """Starting or joining Ray, and dividing it among experts."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass
+
+import ray
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.errors import ConfigError
@@ -19,32 +22,35 @@ class Share:
     num_gpus: float
 
 
-def connect(c: RuntimeConfig) -> None:
-    """Start a private Ray on this machine, or join the cluster at `runtime.address`.
+def connect(c: RuntimeConfig) -> bool:
+    """Start a private Ray on this machine, or join the cluster at `runtime.address`; return whether this process now
+    owns a connection that it should close (a Ray that the caller has already initialised is used as it is).
 
-    Raises ConfigError when the address does not answer, or the machine gives Ray less than it was asked for.
+    Raises ConfigError when the address does not answer or Ray does not start.
     """
+    if ray.is_initialized():
+        return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    private = c.address is None
-    if private:
-        # A private cluster listens on loopback only and ends with this process; a token would outlive it in HOME.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    import ray
-
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # work that asks for no GPU sees none
     common = {"logging_level": logging.ERROR, "log_to_driver": False}
+    private = c.address is None
     try:
         if not private:
             ray.init(address=c.address, **common)
-            return
+            return True
+        # A private cluster binds to loopback and ends with this process; a token would be left behind in HOME and
+        # keep other Rays of this user, started without one, from working.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(
             address="local",
-            num_cpus=c.num_cpus or len(os.sched_getaffinity(0)),
+            num_cpus=c.num_cpus,
             object_store_memory=c.object_store_mb << 20,
             include_dashboard=False,
+            _node_ip_address="127.0.0.1",
             _system_config={"max_direct_call_object_size": INLINE_BYTES},
             **common,
         )
+        return True
     except (ConnectionError, ValueError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         if private:
@@ -55,34 +61,48 @@ def connect(c: RuntimeConfig) -> None:
         ) from None
 
 
-def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
-    """Return what each of `num_actors` long-lived actors asks for: an equal part of the GPUs, at most one each; and no
-    core, since between stages they idle and would keep tasks from running (a spread strategy places them)."""
-    import ray
+def nodes_with(resource: str) -> list[float]:
+    """Return how much of a resource each living node has; nodes without it are left out."""
+    found = [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
+    return [amount for amount in found if amount]
 
-    have = ray.cluster_resources()
-    gpus = have.get("GPU", 0.0) if c.gpus_per_actor is None else c.gpus_per_actor * num_actors
-    num_gpus = 0.0
-    if gpus:
-        num_gpus = c.gpus_per_actor if c.gpus_per_actor is not None else min(1.0, _part(gpus, num_actors))
-    if num_gpus * num_actors > have.get("GPU", 0.0) + 1e-6:
-        raise ConfigError(
-            f"runtime.gpus_per_actor: {num_gpus} for each of {num_actors} actors is more than the cluster's "
-            f"{have.get('GPU', 0.0):g} GPUs; lower it, use 0 for CPU, or leave it out"
-        )
-    return Share(0.0, num_gpus)
+
+def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
+    """Return what each of `num_actors` long-lived actors asks for, so that all of them can be placed at once.
+
+    With GPUs: at most one each, else the largest fraction of which enough fit on the cards. Without: their threads, or
+    an equal part of the cores; nothing in a private cluster, where idle experts would keep later tasks from running.
+    Raises ConfigError when `gpus_per_actor` asks for more than fits.
+    """
+    gpus = nodes_with("GPU")
+    if gpus and c.gpus_per_actor != 0:
+        num_gpus = c.gpus_per_actor or 1.0 / math.ceil(num_actors / sum(gpus))
+        if sum(_fitting(amount, num_gpus) for amount in gpus) < num_actors:
+            raise ConfigError(
+                f"runtime.gpus_per_actor: {num_gpus:g} GPU for each of {num_actors} actors does not fit on "
+                f"{sum(gpus):g} GPUs; lower it, use 0 for CPU, or leave it out"
+            )
+        return Share(0.0, num_gpus)
+    if c.gpus_per_actor:
+        raise ConfigError(f"runtime.gpus_per_actor: {c.gpus_per_actor:g} asked for, the cluster has no GPU; use 0")
+    if c.address is None:
+        return Share(0.0, 0.0)
+    cpus = nodes_with("CPU")
+    fraction = math.floor(1000 * 0.9 * sum(cpus) / num_actors) / 1000
+    return Share(min(float(c.threads_per_actor), fraction, max(cpus)), 0.0)
 
 
 def task_share(c: RuntimeConfig) -> Share:
-    """Return what one task asks for: its threads, and a whole GPU or the configured part of one if there are any."""
-    import ray
-
-    have = ray.cluster_resources()
+    """Return what one task asks for: its threads (at most the largest node's cores), and a quarter of a GPU or the
+    configured part if there are any."""
     num_gpus = 0.0
-    if have.get("GPU", 0.0):
+    if nodes_with("GPU"):
         num_gpus = 0.25 if c.gpus_per_actor is None else min(1.0, c.gpus_per_actor)
-    return Share(float(min(c.threads_per_actor, have.get("CPU", 1.0))), num_gpus)
+    return Share(min(float(c.threads_per_actor), max(nodes_with("CPU"), default=1.0)), num_gpus)
 
 
-def _part(total: float, num: int) -> float:
-    return max(int(total / num * 1000) / 1000, 0.001)
+def _fitting(amount: float, share: float) -> int:
+    """Return how many shares fit on a node with `amount` whole GPUs; a fraction never spans two cards."""
+    if share > 1:
+        return int(amount // share)
+    return int(amount) * int(1.0 / share + 1e-9)

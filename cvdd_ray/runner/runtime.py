@@ -4,17 +4,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.errors import CvddError
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
-from cvdd_ray.runner.cluster import Share, connect, expert_share, task_share
+from cvdd_ray.runner.cluster import Share, connect, expert_share, nodes_with, task_share
 from cvdd_ray.stages.grouptask import VoterSettings
 
 POLL_S = 0.25
-FOREVER = {"max_restarts": -1, "max_task_retries": -1}
+# An actor is restarted when its process or node dies, its calls are repeated; one that keeps dying is given up.
+RESTARTED = {"max_restarts": 20, "max_task_retries": -1}
 
 
 def _call(function: Callable, item: Any, name: str, mailbox: Any, threads: int, *shared: Any) -> Any:
@@ -30,9 +32,10 @@ class RayRuntime:
     """
 
     def __init__(self, c: RuntimeConfig):
-        connect(c)
+        self._owns_ray = connect(c)
         self._c = c
-        self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox).remote()
         self._experts: dict[str, Any] = {}
         self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
         self._kept: dict[str, Any] = {}
@@ -61,8 +64,8 @@ class RayRuntime:
         finally:
             for driver in drivers:
                 ray.kill(driver)
-            if ray.cluster_resources().get("GPU"):
-                self._release()  # experts hold no core, but tasks of later stages need the GPUs
+            if self._c.address is not None or nodes_with("GPU"):
+                self._release()  # what the experts hold is needed by tasks of later stages
 
     def _spread(self, specs, voter, store, num_groups) -> list:
         """One actor per expert, kept for the next stage, and a coordinator with `groups_in_flight` groups at once."""
@@ -90,8 +93,8 @@ class RayRuntime:
 
     def _colocated(self, specs, voter, store, num_groups) -> list:
         """As many workers as there are GPUs (or cores), each with the whole committee and whole groups."""
-        c, have = self._c, ray.cluster_resources()
-        places = int(have.get("GPU", 0) or have.get("CPU", 1) / c.threads_per_actor)
+        c = self._c
+        places = int(sum(nodes_with("GPU")) or sum(nodes_with("CPU")) / c.threads_per_actor)
         num_workers = max(1, min(places, num_groups))
         remote = _remote(ColocatedWorker, expert_share(c, num_workers))
         specs_ref = self._kept["committee"] = ray.put(specs)
@@ -100,11 +103,13 @@ class RayRuntime:
     def _results(self, waiting: Mapping[Any, str], on_report) -> Iterator[tuple[str, Any]]:
         """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""
         waiting = dict(waiting)
+        known = set(waiting.values())  # a late report of an earlier call is nobody's
         try:
             while waiting:
                 ready, _ = ray.wait(list(waiting), timeout=POLL_S)
-                for name, report in ray.get(self._mailbox.take.remote()).items():
-                    on_report(name, report)
+                for name, report in self._reports().items():
+                    if name in known:
+                        on_report(name, report)
                 for result_ref in ready:
                     name = waiting.pop(result_ref)
                     yield name, _get(result_ref)
@@ -112,13 +117,21 @@ class RayRuntime:
             for result_ref in waiting:
                 ray.cancel(result_ref, force=False)
 
+    def _reports(self) -> dict[str, dict]:
+        try:
+            return ray.get(self._mailbox.take.remote())
+        except RayActorError:  # progress is lost while the mailbox restarts, nothing else
+            return {}
+
     def close(self) -> None:
-        ray.shutdown()
+        self._release()
+        if self._owns_ray:
+            ray.shutdown()
 
 
 def _remote(plain: type, share: Share, **options: Any):
     """Return the actor class of a plain class, restarted for ever."""
-    return ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, **FOREVER, **options)(plain)
+    return ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, **RESTARTED, **options)(plain)
 
 
 def _get(result_ref: Any) -> Any:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from cvdd_ray.data.artifacts import Artifacts, Manifest, StagePlan
 from cvdd_ray.data.datasets import DatasetInfo
 from cvdd_ray.data.sources import RealData, load_real
 from cvdd_ray.data.storage import Store
+from cvdd_ray.errors import ArtifactError
 from cvdd_ray.stages.runtime import LocalRuntime, Runtime
 
 
@@ -48,8 +50,24 @@ class Run:
         self.config = config
         self.store = Store(out)
         self.artifacts = Artifacts(self.store, overwrite)
-        self.runtime = runtime or LocalRuntime(config.runtime.threads_per_actor)
+        self._runtime = runtime
         self.progress = progress or Silent()
+
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the work; without one given, this process does, set up when it is first needed."""
+        if self._runtime is None:
+            self._runtime = LocalRuntime(self.config.runtime.threads_per_actor)
+        return self._runtime
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def close(self) -> None:
+        """Let go of the runtime, if there is one."""
+        if self._runtime is not None:
+            self._runtime.close()
 
     @cached_property
     def real(self) -> RealData:
@@ -73,8 +91,22 @@ class Run:
         return self.config.evaluate.width or self.config.committee.width
 
     def plan(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> StagePlan:
-        """Return the plan of a stage of this run; class list and seed are part of every plan."""
-        return StagePlan(stage, settings, inputs, self.classes, self.config.seed)
+        """Return the plan of a stage of this run; the dataset's constants (mean, std, size, roll, chunk), class list
+        and seed are part of every plan."""
+        return StagePlan(stage, {"dataset": asdict(self.info), **settings}, inputs, self.classes, self.config.seed)
+
+    def require(self, stage: str, verb: str) -> Manifest:
+        """Return the manifest of a finished stage.  Raises ArtifactError when it is not there, or was made for other
+        classes or another order of them."""
+        manifest = self.artifacts.require(stage, verb)
+        there = tuple(manifest.identity["classes"])
+        if there != self.classes:
+            at = next((i for i, (a, b) in enumerate(zip(there, self.classes, strict=False)) if a != b), "the end")
+            raise ArtifactError(
+                f"{self.store.display(stage)} was made for {len(there)} classes, the data has {len(self.classes)}; the "
+                f"lists differ at label {at}; use the data it was made from, or another --out"
+            )
+        return manifest
 
     def expert(self, name: str, weights: bytes) -> ExpertSpec:
         return ExpertSpec(name, len(self.classes), self.info.image_size, self.config.committee.width, weights)

@@ -54,10 +54,11 @@ def evaluate(run: Run, ipc: int) -> None:
     epochs = c.epochs or run.config.relabel.epochs
     arms, inputs = load_arms(run, ipc)
     views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, run.config.relabel)
+    student = student_settings(run, epochs, ipc * len(run.classes))
     settings = {
         "evaluate": {**c.model_dump(), "epochs": epochs, "width": run.width},
-        "batch_size": run.config.relabel.batch_size,
-        "bn_group": run.config.relabel.resolved_bn_group(),
+        "batch_size": student.batch_size,
+        "bn_group": student.bn_group,
         "data.flip": run.config.data.flip,
     }
     plan = run.plan(f"evaluate/ipc{ipc}", settings, {**inputs, "test": run.real.test.fingerprint})
@@ -75,7 +76,7 @@ def evaluate(run: Run, ipc: int) -> None:
             run.store,
             split_for_workers(run.real.test, run.info),
             run.info,
-            student_settings(run, epochs),
+            student,
             views,
             run.width,
         )
@@ -84,13 +85,20 @@ def evaluate(run: Run, ipc: int) -> None:
         work.commit({RESULTS: json.dumps({"runs": results, "table": summarize(results)}).encode()})
 
 
-def student_settings(run: Run, epochs: int) -> StudentSettings:
-    """Return the numbers of the students' training; micro-batch = BatchNorm group of the labels (decision 6)."""
+def student_settings(run: Run, epochs: int, num_images: int) -> StudentSettings:
+    """Return the numbers of a student's training on `num_images` images; its micro-batch is the labels' BatchNorm group
+    (decision 6)."""
     c, r = run.config.evaluate, run.config.relabel
     return StudentSettings(
-        epochs=epochs, batch_size=r.batch_size, bn_group=r.resolved_bn_group(), lr=c.lr, weight_decay=c.weight_decay,
-        eta=c.eta, temperature=c.temperature, test_every=c.test_every,
-    )  # fmt: skip
+        epochs=epochs,
+        batch_size=r.resolved_batch_size(num_images),
+        bn_group=r.resolved_bn_group(num_images),
+        lr=c.lr,
+        weight_decay=c.weight_decay,
+        eta=c.eta,
+        temperature=c.temperature,
+        test_every=c.test_every,
+    )
 
 
 def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
@@ -105,7 +113,7 @@ def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
         label_file = None
         if label_set:
             label_stage = f"relabel/ipc{ipc}/{label_set}"
-            labelled = run.artifacts.require(label_stage, "relabel")
+            labelled = run.require(label_stage, "relabel")
             inputs[label_stage] = labelled.content
             label_file = run.artifacts.verify(labelled, LABELS)
         inputs[f"images/{name}"] = images.content()

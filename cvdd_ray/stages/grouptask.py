@@ -91,4 +91,5 @@ def run_group(
     final = distill_group(
         committee, task.jobs, state, task.settings, on_progress=on_progress, on_checkpoint=on_checkpoint
     )
-    return encode_state(final)
+    nothing = torch.empty(0)  # the moments have done their work
+    return encode_state(replace(final, first_moment_JBCHW=nothing, second_moment_JBCHW=nothing))

@@ -37,11 +37,12 @@ def initialize(run: Run, ipc: int) -> Manifest:
     inputs = {"train": run.real.train.fingerprint}
     if specs:
         inputs["observer"] = hashes[f"pretrain/{observer}"]
-    plan = run.plan(f"initialize/ipc{ipc}", {"ipc": ipc, "initialize": c.model_dump()}, inputs)
+    factor = tiles_per_side(run)
+    settings = {"ipc": ipc, "initialize": {**c.model_dump(), "observer": observer, "factor": factor}}
+    plan = run.plan(f"initialize/ipc{ipc}", settings, inputs)
     found = run.artifacts.finished(plan)
     if found is not None:
         return found
-    factor = tiles_per_side(run)
     items = {f"class{label:05d}": item for label, item in enumerate(class_items(run, ipc))}
     shared = (
         split_for_workers(run.real.train, run.info)[0],
@@ -76,7 +77,7 @@ def image_set(run: Run, pixels_IKCSS: np.ndarray, about: dict, columns: dict | N
 
 def load_image_set(run: Run, stage: str, name: str, verb: str) -> ImageSet:
     """Return an image set of a finished stage, with its class list checked against the data's."""
-    manifest = run.artifacts.require(stage, verb)
+    manifest = run.require(stage, verb)
     return read_image_set(run.artifacts.read(manifest, name), run.store.display(f"{stage}/{name}"))
 
 
@@ -137,7 +138,7 @@ def patch_images(label, scored, images, info, observer, c, ipc, factor, seed) ->
     """Return (ipc, C, S, S) uint8: the best crop of every scored image, sorted, a rank window of them, tiled."""
     device = work_device()
     network = observer.build(device)
-    patch_size = -(-info.image_size // factor)
+    patch_size = info.image_size // factor
     best: list[tuple[float, Tensor]] = []
     for start in range(0, len(scored), 64):
         crops = [

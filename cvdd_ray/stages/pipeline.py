@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from cvdd_ray.recipes import dump_config
+from cvdd_ray.recipes import dump_config, parse_config
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import evaluate
 from cvdd_ray.stages.initialize import class_items, initialize, observer_name
@@ -13,6 +13,14 @@ from cvdd_ray.stages.synthesize import synthesize
 from cvdd_ray.stages.votes import needs_priors, vote_of_image
 
 CONFIG = "config.yaml"
+SECTIONS = {
+    "pretrain": ("committee", "pretrain"),
+    "prior": ("prior",),
+    "initialize": ("initialize",),
+    "synthesize": ("voting", "synthesize"),
+    "relabel": ("relabel",),
+    "evaluate": ("evaluate",),
+}
 
 
 def check(run: Run) -> None:
@@ -30,16 +38,17 @@ def check(run: Run) -> None:
         class_items(run, ipc)
 
 
-def begin(run: Run) -> None:
-    """Check the run, then keep its resolved configuration beside the artifacts, so that later verbs need only --out."""
-    check(run)
-    if not run.store.exists(CONFIG):
-        remember(run)
+def remember(run: Run, verb: str = "run") -> None:
+    """Write the resolved configuration beside the artifacts, so that later verbs need only --out.
 
-
-def remember(run: Run) -> None:
-    """Write the resolved configuration; called again when the work is done, since only then it is what is there."""
-    run.store.write(CONFIG, dump_config(run.config).encode())
+    A single verb that has done its work changes its own sections alone; the rest is what the other stages were made
+    with. The cluster's address is left out: it says where, not what.
+    """
+    config = run.config.model_copy(update={"runtime": run.config.runtime.model_copy(update={"address": None})})
+    if verb != "run" and run.store.exists(CONFIG):
+        there = parse_config(run.store.read(CONFIG).decode(), run.store.display(CONFIG))
+        config = there.model_copy(update={name: getattr(config, name) for name in SECTIONS[verb]})
+    run.store.write(CONFIG, dump_config(config).encode())
 
 
 def per_ipc(stage: Callable[[Run, int], object]) -> Callable[[Run], None]:
@@ -70,6 +79,9 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 def run_all(run: Run) -> None:
     """Run every stage for every IPC of the configuration.  Raises what the stages raise."""
-    begin(run)
+    check(run)
+    if not run.store.exists(CONFIG):
+        remember(run)
     for stage in STAGES.values():
         stage(run)
+    remember(run)

@@ -2,20 +2,27 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from torch import nn
+import torch
 
 from cvdd_ray.config import PretrainConfig
 from cvdd_ray.core.experts import ExpertSpec, work_device
 from cvdd_ray.core.keys import key
-from cvdd_ray.core.models import build_model, build_seeded, load_weights, require_batchnorm, save_weights
+from cvdd_ray.core.models import (
+    build_model,
+    build_seeded,
+    load_weights,
+    require_batchnorm,
+    save_weights,
+    weights_from_bytes,
+)
 from cvdd_ray.core.training import PretrainSettings, accuracy, pretrain_expert
-from cvdd_ray.data.artifacts import StagePlan
+from cvdd_ray.data.artifacts import StagePlan, sha256
 from cvdd_ray.data.datasets import DatasetInfo
-from cvdd_ray.errors import CvddError
+from cvdd_ray.errors import ConfigError, CvddError
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.real import Split, split_for_workers, test_batches, train_batches
+from cvdd_ray.stages.real import SMALL, Split, split_for_workers, test_batches, train_batches
 
 WEIGHTS = "model.safetensors"
 
@@ -26,7 +33,8 @@ def pretrain(run: Run) -> None:
     Experts with given weights are checked and stored as they are.  Raises ConfigError for models that cannot vote,
     DataError for weights that do not fit.
     """
-    plans = expert_plans(run)
+    given = {name: given_weights(run, name) for name in run.config.committee.experts}
+    plans = expert_plans(run, given)
     todo = [name for name, plan in plans.items() if run.artifacts.finished(plan) is None]
     for name in plans:
         if name not in todo:
@@ -34,7 +42,7 @@ def pretrain(run: Run) -> None:
     if not todo:
         return
     c = run.config
-    items = {name: (name, c.committee.weights.get(name), plans[name].seed) for name in todo}
+    items = {name: (name, given[name], c.seed) for name in todo}
     holdout = split_for_workers(run.real.holdout, run.info)
     shared = (
         split_for_workers(run.real.train, run.info),
@@ -67,53 +75,68 @@ def check_networks(run: Run) -> None:
     DataError for given weights that do not fit."""
     c, info = run.config, run.info
     for name in c.committee.experts:
-        model = build_model(name, info.num_classes, info.image_size, width=c.committee.width)
-        require_batchnorm(model, name)
-        load_given_weights(model, name, c.committee.weights.get(name))
+        require_batchnorm(build_model(name, info.num_classes, info.image_size, width=c.committee.width), name)
+        if given_weights(run, name) is None and info.image_size > SMALL and c.pretrain.crop == "pad":
+            raise ConfigError(
+                f"pretrain.crop: 'pad' is for images up to {SMALL} px that all have one size, these have "
+                f"{info.image_size} px; use random_resized"
+            )
     for name in {*c.evaluate.students, c.prior.student}:
         build_model(name, info.num_classes, info.image_size, width=run.width)
 
 
-def load_given_weights(model: nn.Module, name: str, given: str | None) -> None:
-    """Load the configured weights of an expert, if any.  Raises DataError that names the setting."""
-    if given:
-        try:
-            load_weights(model, given, name=name)
-        except CvddError as error:
-            raise type(error)(f"committee.weights.{name}: {error}") from None
+def given_weights(run: Run, name: str) -> bytes | None:
+    """Return the configured weights of an expert as safetensors bytes, None if it is to be trained.
+
+    Read here, once, so that workers on other machines need no file.  Raises DataError that names the setting.
+    """
+    source = run.config.committee.weights.get(name)
+    if source is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(name, run.info.num_classes, run.info.image_size, width=run.config.committee.width)
+    try:
+        load_weights(model, source, name=name)
+    except CvddError as error:
+        raise type(error)(f"committee.weights.{name}: {error}") from None
+    return save_weights(model)
 
 
-def expert_plans(run: Run) -> dict[str, StagePlan]:
-    """Return the plan of every expert's pretraining."""
+def expert_plans(run: Run, given: Mapping[str, bytes | None]) -> dict[str, StagePlan]:
+    """Return the plan of every expert's pretraining; given weights count by content, not by where they lie."""
     c = run.config
     inputs = {"train": run.real.train.fingerprint, "holdout": run.real.holdout.fingerprint}
     plans = {}
     for name in c.committee.experts:
-        given = c.committee.weights.get(name)
+        weights = given[name]
         settings = {
             "expert": name,
             "committee.width": c.committee.width,
-            "committee.weights": given,
-            "pretrain": None if given else c.pretrain.model_dump(),
+            "committee.weights": None if weights is None else "given",
+            "pretrain": None if weights is not None else c.pretrain.model_dump(),
             "data.flip": c.data.flip,
-            "image_size": run.info.image_size,
         }
-        plans[name] = run.plan(f"pretrain/{name}", settings, inputs)
+        content = {} if weights is None else {"weights": sha256(weights)}
+        plans[name] = run.plan(f"pretrain/{name}", settings, {**inputs, **content})
     return plans
 
 
 def load_experts(run: Run) -> tuple[dict[str, ExpertSpec], dict[str, str]]:
-    """Return the finished experts in committee order and their content hashes.  Raises ArtifactError for a missing one."""
+    """Return the finished experts in committee order and their content hashes.
+
+    Raises ArtifactError for one that is missing or was made with other settings.
+    """
     specs, hashes = {}, {}
-    for name in run.config.committee.experts:
-        manifest = run.artifacts.require(f"pretrain/{name}", "pretrain")
+    plans = expert_plans(run, {name: given_weights(run, name) for name in run.config.committee.experts})
+    for name, plan in plans.items():
+        manifest = run.artifacts.finished(plan) or run.require(plan.stage, "pretrain")
         specs[name] = run.expert(name, run.artifacts.read(manifest, WEIGHTS))
         hashes[f"pretrain/{name}"] = manifest.content
     return specs, hashes
 
 
 def train_one(
-    item: tuple[str, str | None, int], train: Split, holdout: Split, info: DatasetInfo, c: PretrainConfig, width: float,
+    item: tuple[str, bytes | None, int], train: Split, holdout: Split, info: DatasetInfo, c: PretrainConfig, width: float,
     flip: bool, report: Callable[[dict], None],
 ) -> tuple[bytes, list[tuple[int, float, float]], float, float]:  # fmt: skip
     """Train or load one expert; return (safetensors, rows (epoch, loss, train accuracy), hold-out accuracy, seconds)."""
@@ -122,8 +145,8 @@ def train_one(
     device = work_device()
     model = build_seeded(name, info.num_classes, info.image_size, width=width, seed=key(seed, "pretrain", name))
     curve: list[tuple[int, float, float]] = []
-    if given:
-        load_given_weights(model, name, given)
+    if given is not None:
+        weights_from_bytes(model, given)
         model.eval().to(device)
     else:
         model.to(device)
@@ -140,7 +163,7 @@ def train_one(
             report({"done": (epoch + 1) / c.epochs, "note": note})
 
         settings = PretrainSettings(
-            seed, c.epochs, c.batch_size, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision
+            c.epochs, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision
         )
         pretrain_expert(model, epoch_batches, settings, on_epoch)
     holdout_accuracy = accuracy(model, test_batches(holdout, info, device))

@@ -16,7 +16,7 @@ from cvdd_ray.stages.initialize import initialize
 from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.real import Split, split_for_workers
 from cvdd_ray.stages.relabel import ViewSettings, labelled_epochs
-from cvdd_ray.stages.synthesize import distill, image_jobs
+from cvdd_ray.stages.synthesize import distill, image_jobs, resolved_synthesis
 from cvdd_ray.stages.votes import PRIORS, needs_priors
 
 
@@ -39,17 +39,16 @@ def prior(run: Run) -> None:
     iterations = c.prior.iterations or c.synthesize.iterations
     epochs = c.prior.epochs or c.evaluate.epochs or c.relabel.epochs
     views = ViewSettings(c.seed, c.data.flip, run.info.image_size, c.relabel)
-    student = student_settings(run, epochs)
+    student = student_settings(run, epochs, c.prior.ipc * len(run.classes))
     settings = {
         "prior": {**c.prior.model_dump(), "iterations": iterations, "epochs": epochs},
-        "synthesize": c.synthesize.model_dump(exclude={"iterations", "checkpoint_every"}),
+        "synthesize": {**resolved_synthesis(run), "iterations": iterations},
         "relabel": c.relabel.model_dump(
             include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}
         ),
         "evaluate": c.evaluate.model_dump(include={"lr", "weight_decay", "eta", "temperature"}),
         "width": run.width,
         "data.flip": c.data.flip,
-        "threads_per_actor": c.runtime.threads_per_actor,
     }
     inputs = {**hashes, "initialize": initialized.content, "holdout": run.real.holdout.fingerprint}
     plan = run.plan("prior", settings, inputs)
@@ -59,12 +58,12 @@ def prior(run: Run) -> None:
         sets = {name: image_jobs(run, c.prior.ipc, lambda i, name=name: ((name,), (1.0,))) for name in specs}
         distilled = distill(run, work, sets, c.prior.ipc, iterations, specs, doing="distil each expert alone")
         items = {
-            f"{name}-seed{seed}": (name, specs[name], distilled[name][0].images_NCHW, seed)
+            f"{name}-seed{seed}": (name, distilled[name][0].images_NCHW, seed)
             for name in specs
             for seed in range(c.prior.seeds)
         }
         holdout = split_for_workers(run.real.holdout, run.info)
-        shared = (holdout, run.info, views, student, c.prior.student, run.width)
+        shared = (specs, holdout, run.info, views, student, c.prior.student, run.width)
         done = work.each(measure_expert, items, shared, doing="train a student on each")
         per_seed = {name: [json.loads(done[f"{name}-seed{s}"])["last"] for s in range(c.prior.seeds)] for name in specs}
         priors = {name: statistics.fmean(values) for name, values in per_seed.items()}
@@ -96,12 +95,12 @@ def given_priors(run: Run) -> None:
 
 
 def measure_expert(
-    item: tuple[str, ExpertSpec, np.ndarray, int], holdout: Split, info: DatasetInfo, views: ViewSettings, s,
+    item: tuple[str, np.ndarray, int], specs: dict[str, ExpertSpec], holdout: Split, info: DatasetInfo, views: ViewSettings, s,
     student: str, width: float, report: Callable[[dict], None],
 ) -> bytes:  # fmt: skip
     """Label one expert's images by that expert, train one student, return its hold-out accuracy (percent) as JSON."""
-    _, spec, images_NCHW, seed_number = item
-    epochs = labelled_epochs(images_NCHW, info, [spec], [1.0], views, range(s.epochs))
+    name, images_NCHW, seed_number = item
+    epochs = labelled_epochs(images_NCHW, info, [specs[name]], [1.0], views, range(s.epochs))
     row = fit_student(
         student, seed_number, images_NCHW, lambda epoch: next(epochs), holdout, info, s, views.seed, width, report
     )

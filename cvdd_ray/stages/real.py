@@ -26,11 +26,6 @@ def split_for_workers(real: RealImages, info: DatasetInfo) -> Split:
     return (real.stack(info.image_size) if info.image_size <= SMALL else real), np.asarray(real.labels)
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
-    """Return a tensor of a possibly read-only array (arrays from an object store are), copied so it may be written."""
-    return torch.from_numpy(np.array(array))
-
-
 def test_batches(split: Split, info: DatasetInfo, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images_BCSS normalised, labels_B) of the whole split in order; no augmentation (spec section 1)."""
     images, labels_N = split

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cvdd_ray.config import RelabelConfig
 from cvdd_ray.core.experts import ExpertSpec, work_device
+from cvdd_ray.core.keys import key
 from cvdd_ray.core.softlabels import BatchPlan, Teacher, batch_views, committee_logits, epoch_plans
 from cvdd_ray.core.voting import prior_weights
 from cvdd_ray.data.datasets import DatasetInfo, normalize
@@ -55,7 +56,7 @@ class ViewSettings:
     def plans(self, epoch: int, num_images: int) -> list[BatchPlan]:
         """Return the batches of an epoch of a set of `num_images` images."""
         return epoch_plans(
-            self.seed, epoch, num_images, self.size, batch_size=self.c.batch_size, flip=self.flip,
+            self.seed, epoch, num_images, self.size, batch_size=self.c.resolved_batch_size(num_images), flip=self.flip,
             use_cutmix=self.c.cutmix, crop_scale=self.c.crop_scale,
         )  # fmt: skip
 
@@ -84,7 +85,8 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
         if c.weighting == "prior"
         else [1 / len(names)] * len(names)
     )
-    settings = {"label_set": label_set, "relabel": c.model_dump(), "data.flip": run.config.data.flip}
+    resolved = {"teachers": names, "bn_group": c.resolved_bn_group(len(images))}
+    settings = {"label_set": label_set, "relabel": {**c.model_dump(), **resolved}, "data.flip": run.config.data.flip}
     inputs = {
         "images": images.content(),
         "prior": prior_hash,
@@ -147,5 +149,8 @@ def labelled_epochs(
     for epoch in epochs:
         plans = views.plans(epoch, len(pixels))
         batches = [batch_views(pixels, plan) for plan in plans]
-        logits = committee_logits(networks, weights, batches, c.resolved_bn_group())
+        with torch.random.fork_rng(enabled=c.scope == "full"):  # dropout draws from torch's own generator
+            if c.scope == "full":
+                torch.manual_seed(key(views.seed, "dropout", epoch))
+            logits = committee_logits(networks, weights, batches, c.resolved_bn_group(len(pixels)))
         yield [(plan, logits_BK.cpu()) for plan, logits_BK in zip(plans, logits, strict=True)]

@@ -54,9 +54,9 @@ class LocalRuntime:
 
 def local_committee(experts: Mapping[str, ExpertSpec], voter: VoterSettings, device) -> LocalCommittee:
     """Return a committee whose experts are built on `device` of this process."""
-    return LocalCommittee(
-        {
-            name: Voter(spec.build(device), bn_weight=voter.bn_weight, first_bn_multiplier=voter.first_bn_multiplier)
-            for name, spec in experts.items()
-        }
-    )
+    return LocalCommittee({name: local_voter(spec, voter, device) for name, spec in experts.items()})
+
+
+def local_voter(spec: ExpertSpec, voter: VoterSettings, device) -> Voter:
+    """Return one expert built on `device`, ready to vote."""
+    return Voter(spec.build(device), bn_weight=voter.bn_weight, first_bn_multiplier=voter.first_bn_multiplier)

@@ -28,14 +28,13 @@ def synthesize(run: Run, ipc: int) -> None:
     c = run.config
     specs, hashes = load_experts(run)
     priors, prior_hash = load_priors(run)
-    initialized = run.artifacts.require(f"initialize/ipc{ipc}", "initialize")
+    initialized = run.require(f"initialize/ipc{ipc}", "initialize")
     settings = {
         "ipc": ipc,
-        "synthesize": c.synthesize.model_dump(exclude={"checkpoint_every"}),
+        "synthesize": resolved_synthesis(run),
         "voting": c.voting.model_dump(),
         "data.flip": c.data.flip,
         "initialize.method": c.initialize.method,
-        "threads_per_actor": c.runtime.threads_per_actor,
     }
     inputs = {**hashes, "prior": prior_hash, "initialize": initialized.content}
     plan = run.plan(f"synthesize/ipc{ipc}", settings, inputs)
@@ -47,6 +46,16 @@ def synthesize(run: Run, ipc: int) -> None:
         encoded = [encode_jpeg75(image) for image in images.images_NCHW] if is_jpeg(run) else None
         files = {DISTILLED: write_image_set(images, encoded), TRACE: json.dumps(trace).encode()}
         work.commit(files, images=len(images), voters=sorted({"+".join(job.voters) for job in jobs}))
+
+
+def resolved_synthesis(run: Run) -> dict:
+    """Return the synthesis settings that decide the result, with the dataset's values where none are given."""
+    s = run.config.synthesize
+    resolved = {
+        "roll": run.info.roll if s.roll is None else s.roll,
+        "class_chunk": s.class_chunk or run.info.class_chunk,
+    }
+    return {**s.model_dump(exclude={"checkpoint_every"}), **resolved}
 
 
 def image_jobs(run: Run, ipc: int, vote: Callable[[int], tuple[Sequence[str], Sequence[float]]]) -> list[Job]:
@@ -134,7 +143,7 @@ def assemble(run: Run, ipc: int, finished) -> tuple[ImageSet, list]:
         trace += [(t, jobs[j].image_index, jobs[j].chunk, name, ce, bn) for t, j, name, ce, bn in state.trace]
         for j, job in enumerate(jobs):
             pixels[job.image_index, list(job.labels)] = quantize(run, state.images_JBCHW[j]).numpy()
-            job_seed = key(run.config.seed, "synthesis-view", job.image_index, job.chunk)
+            job_seed = key(run.config.seed, "synthesis-view", job.image_index, job.chunk, 0)  # of its first views
             values = (job.chunk, list(job.voters), list(job.weights), job_seed, cross_entropy[j], bn_term[j])
             for label in job.labels:
                 for name, value in zip(about, values, strict=True):

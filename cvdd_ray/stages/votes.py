@@ -24,7 +24,7 @@ def load_priors(run: Run) -> tuple[dict[str, float], str]:
     """
     if not needs_priors(run.config):
         return dict.fromkeys(run.config.committee.experts, 0.0), "not used"
-    manifest = run.artifacts.require("prior", "prior")
+    manifest = run.require("prior", "prior")
     return json.loads(run.artifacts.read(manifest, PRIORS))["priors"], manifest.content
 
 

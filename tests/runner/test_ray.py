@@ -1,5 +1,7 @@
 """Ray against local: the same artifacts to the bit, whatever the placement, and after an actor's death."""
 
+import time
+
 import numpy as np
 import pytest
 import ray
@@ -8,9 +10,9 @@ import torch
 from cvdd_ray.core.committee import Ballot
 from cvdd_ray.core.experts import ExpertSpec
 from cvdd_ray.core.models import build_seeded, save_weights
-from cvdd_ray.errors import DataError, NumericsError
+from cvdd_ray.errors import ConfigError, DataError, NumericsError
 from cvdd_ray.runner.actors import ExpertActor
-from cvdd_ray.runner.cluster import expert_share, task_share
+from cvdd_ray.runner.cluster import Share, expert_share, task_share
 from cvdd_ray.runner.committee import RayCommittee
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.grouptask import VoterSettings
@@ -51,6 +53,41 @@ def test_ray_and_local_make_equal_artifacts(placement, make_config, tmp_path, ra
     assert distil(config, tmp_path, ray_runtime) == local_hashes
 
 
+def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ray_runtime, monkeypatch):
+    """Every expert and the coordinator are killed once while they work; Ray restarts them, the images are the same."""
+    killed = []
+
+    def kill_once(name: str, report: dict) -> None:
+        if not killed and report["done"] >= 0.3:
+            victims = [*ray_runtime._experts.values(), *coordinators]
+            killed.extend(victims)
+            for victim in victims:
+                ray.kill(victim, no_restart=False)
+
+    spread, coordinators = ray_runtime._spread, []
+    monkeypatch.setattr(ray_runtime, "_spread", lambda *a: coordinators.extend(spread(*a)) or coordinators)
+    run = Run(make_config(synthesize={"iterations": 40}), str(tmp_path / "disturbed"), runtime=ray_runtime)
+    calm = Run(run.config, str(tmp_path / "calm"))
+    for this in (run, calm):
+        pretrain(this)
+    prior(calm)
+    for name in calm.store.names("prior") + calm.store.names("initialize"):
+        run.store.write(name, calm.store.read(name))
+    initialize(run, 2)
+    distill = ray_runtime.distill
+    monkeypatch.setattr(
+        ray_runtime, "distill",
+        lambda tasks, specs, voter, store, on_report: distill(
+            tasks, specs, voter, store, lambda name, report: (kill_once(name, report), on_report(name, report))
+        ),
+    )  # fmt: skip
+    synthesize(run, 2)
+    initialize(calm, 2)
+    synthesize(calm, 2)
+    assert len(killed) == 3
+    assert run.artifacts.manifest("synthesize/ipc2").content == calm.artifacts.manifest("synthesize/ipc2").content
+
+
 def spec(name="resnet18", seed=0) -> ExpertSpec:
     return ExpertSpec(name, 10, 16, 0.125, save_weights(build_seeded(name, 10, 16, width=0.125, seed=seed)))
 
@@ -86,12 +123,17 @@ def test_an_expert_that_dies_is_restarted_and_answers_the_same(ray_runtime):
 def test_map_shares_reports_and_names_results(ray_runtime):
     def echo(item, shared, *, report):  # inside the test, so that workers need not import this file
         report({"done": 0.5})
+        time.sleep(0.6)  # longer than the driver waits between two looks at the reports
         return int(item + shared.sum()), torch.get_num_threads()
 
     items = {f"item{i}": i for i in range(4)}
-    done = dict(ray_runtime.map(echo, items, (np.ones(3),)))
+    reports = []
+    done = dict(
+        ray_runtime.map(echo, items, (np.ones(3),), lambda name, report: reports.append((name, report["done"])))
+    )
     assert {name: value for name, (value, _) in done.items()} == {f"item{i}": i + 3 for i in range(4)}
     assert {threads for _, threads in done.values()} == {1}
+    assert sorted(reports) == [(name, 0.5) for name in sorted(items)]
 
 
 def test_errors_a_user_can_mend_cross_ray_as_themselves(ray_runtime):
@@ -123,22 +165,39 @@ def test_an_expert_that_blows_up_is_named(make_config, tmp_path, ray_runtime):
 class TestShares:
     """What actors and tasks ask of a cluster, without one."""
 
-    def have(self, monkeypatch, **resources):
-        monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    def have(self, monkeypatch, *nodes):
+        alive = [{"Alive": True, "Resources": resources} for resources in nodes]
+        monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"GPU": 8.0, "CPU": 64.0}}])
 
-    def test_gpus_are_divided_among_experts(self, monkeypatch, make_config):
-        self.have(monkeypatch, CPU=16.0, GPU=2.0)
-        assert expert_share(make_config().runtime, 5).num_gpus == 0.4
-        assert expert_share(make_config().runtime, 1).num_gpus == 1.0
+    @pytest.mark.parametrize(
+        ("gpus", "actors", "share"),
+        [(1, 5, 1 / 5), (2, 5, 1 / 3), (3, 5, 1 / 2), (4, 5, 1 / 2), (8, 5, 1.0), (2, 1, 1.0)],
+    )
+    def test_every_expert_fits_on_a_card(self, monkeypatch, make_config, gpus, actors, share):
+        self.have(monkeypatch, {"CPU": 16.0, "GPU": float(gpus)})
+        assert expert_share(make_config().runtime, actors).num_gpus == pytest.approx(share)
+        assert gpus * int(1 / share + 1e-9) >= actors
 
-    def test_more_gpus_than_there_are_is_a_clear_error(self, monkeypatch, make_config):
-        from cvdd_ray.errors import ConfigError
+    @pytest.mark.parametrize(("gpus", "each"), [(1, 0.5), (2, 0.6)])
+    def test_more_than_fits_is_a_clear_error(self, monkeypatch, make_config, gpus, each):
+        self.have(monkeypatch, {"CPU": 16.0, "GPU": float(gpus)})
+        with pytest.raises(
+            ConfigError, match=rf"runtime\.gpus_per_actor: {each} GPU for each of 3 actors does not fit"
+        ):
+            expert_share(make_config(runtime={"gpus_per_actor": each}).runtime, 3)
 
-        self.have(monkeypatch, CPU=16.0, GPU=1.0)
-        with pytest.raises(ConfigError, match=r"runtime\.gpus_per_actor: 0\.5 for each of 5 actors"):
-            expert_share(make_config(runtime={"gpus_per_actor": 0.5}).runtime, 5)
+    def test_gpus_on_a_cluster_without_any(self, monkeypatch, make_config):
+        self.have(monkeypatch, {"CPU": 4.0})
+        with pytest.raises(ConfigError, match="the cluster has no GPU"):
+            expert_share(make_config(runtime={"gpus_per_actor": 0.5}).runtime, 3)
 
-    def test_cpu_cluster_gives_tasks_their_threads(self, monkeypatch, make_config):
-        self.have(monkeypatch, CPU=8.0)
-        share = task_share(make_config(runtime={"threads_per_actor": 4}).runtime)
-        assert (share.num_cpus, share.num_gpus) == (4.0, 0.0)
+    def test_cpu_experts_hold_cores_on_a_shared_cluster_only(self, monkeypatch, make_config):
+        self.have(monkeypatch, {"CPU": 4.0}, {"CPU": 4.0})
+        assert expert_share(make_config().runtime, 5).num_cpus == 0.0
+        assert expert_share(make_config(runtime={"address": "auto"}).runtime, 5).num_cpus == 1.0
+        assert expert_share(make_config(runtime={"address": "auto"}).runtime, 10).num_cpus == 0.72
+
+    def test_tasks_get_their_threads_but_no_more_than_a_node_has(self, monkeypatch, make_config):
+        self.have(monkeypatch, {"CPU": 8.0}, {"CPU": 2.0})
+        assert task_share(make_config(runtime={"threads_per_actor": 4}).runtime) == Share(4.0, 0.0)
+        assert task_share(make_config(runtime={"threads_per_actor": 32}).runtime) == Share(8.0, 0.0)

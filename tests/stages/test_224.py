@@ -11,7 +11,7 @@ from cvdd_ray import load_distilled
 from cvdd_ray.core.models import build_seeded, save_weights
 from cvdd_ray.data.imagesets import read_image_set
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.pipeline import STAGES, begin
+from cvdd_ray.stages.pipeline import STAGES, check
 
 EXPERTS = ("resnet18", "mobilenet_v2")
 
@@ -58,7 +58,7 @@ def test_a_few_iterations_of_two_full_size_experts(folder, weights, make_config,
         evaluate={"seeds": 1, "baselines": ["random_soft"]},
     )  # fmt: skip
     run = Run(config, str(tmp_path))
-    begin(run)
+    check(run)
     assert (run.info.roll, run.info.image_size) == (32, 224)
     for stage in STAGES.values():
         stage(run)

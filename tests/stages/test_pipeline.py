@@ -14,7 +14,7 @@ from cvdd_ray.data.imagesets import read_image_set
 from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.stages import grouptask
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.pipeline import STAGES, begin, check, run_all
+from cvdd_ray.stages.pipeline import STAGES, check, run_all
 from cvdd_ray.stages.relabel import label_sets
 from cvdd_ray.stages.synthesize import job_groups
 
@@ -249,7 +249,7 @@ def test_prior_not_needed_is_not_made(make_config, tmp_path):
 def test_impossible_runs_are_refused_before_anything_is_written(section, message, make_config, tmp_path):
     run = Run(make_config(**section), str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=message):
-        begin(run)
+        check(run)
     assert not (tmp_path / "out").exists()
 
 
