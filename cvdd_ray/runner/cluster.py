@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 from dataclasses import dataclass
 
 import ray
@@ -36,6 +37,7 @@ def connect(c: RuntimeConfig) -> bool:
     private = c.address is None
     try:
         if not private:
+            _require_answer(c.address)
             ray.init(address=c.address, **common)
             return True
         # A private cluster binds to loopback and ends with this process; a token would be left behind in HOME and
@@ -59,6 +61,16 @@ def connect(c: RuntimeConfig) -> bool:
             f"runtime.address: no Ray cluster at {c.address!r} ({first}); start one with `ray start --head`, or leave "
             f"--address out to use this machine"
         ) from None
+
+
+def _require_answer(address: str) -> None:
+    """Raise ConnectionError at once when nothing listens at host:port; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or "it does not answer") from None
 
 
 def nodes_with(resource: str) -> list[float]:
