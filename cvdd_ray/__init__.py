@@ -51,9 +51,9 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
     this = Run(config, out, overwrite=overwrite)
     check(this)
     if config.runtime.engine == "ray":
-        from cvdd_ray.runner.runtime import RayRuntime
+        from cvdd_ray.runner import start_runtime
 
-        this.runtime = RayRuntime(config.runtime)
+        this.runtime = start_runtime(config.runtime)
     try:
         run_all(this)
     finally:

@@ -123,9 +123,9 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite) -> str:
     try:
         check(run)
         if config.runtime.engine == "ray":
-            from cvdd_ray.runner.runtime import RayRuntime
+            from cvdd_ray.runner import start_runtime
 
-            run.runtime = RayRuntime(config.runtime)
+            run.runtime = start_runtime(config.runtime)
         if verb == "run":
             run_all(run)
         else:

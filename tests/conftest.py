@@ -1,9 +1,11 @@
 """Shared by all tests: one thread per process, a home of their own, one Ray for all tests that need it."""
 
 import os
+import secrets
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it on import; no token is looked for or left in HOME
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -1,1 +1,32 @@
 """The only folder that imports Ray: actors, the committee over actors, the cluster and the live progress."""
+
+import os
+import secrets
+import sys
+
+from cvdd_ray.config import RuntimeConfig
+from cvdd_ray.stages.runtime import Runtime
+
+
+def start_runtime(c: RuntimeConfig) -> Runtime:
+    """Return a runtime on Ray: a private cluster on this machine, or the one at `runtime.address`.
+
+    Raises ConfigError when Ray does not start or answer.
+    """
+    if c.address is None:
+        protect_private_cluster()
+    from cvdd_ray.runner.runtime import RayRuntime
+
+    return RayRuntime(c)
+
+
+def protect_private_cluster() -> None:
+    """Give the private cluster a token of its own, since Ray's ports listen on every interface.
+
+    The token lives in this process's environment, which the workers inherit, and not in HOME, where Ray would keep its
+    own and where it would lock out this user's other clusters. Ray reads the mode when it is imported: if it already
+    has been, or the user has set a mode, that stands.
+    """
+    if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -40,9 +40,6 @@ def connect(c: RuntimeConfig) -> bool:
             _require_answer(c.address)
             ray.init(address=c.address, **common)
             return True
-        # A private cluster binds to loopback and ends with this process; a token would be left behind in HOME and
-        # keep other Rays of this user, started without one, from working.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(
             address="local",
             num_cpus=c.num_cpus,

@@ -10,6 +10,7 @@ import pytest
 
 from cvdd_ray.recipes import dump_config
 
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_ADDRESS": ""}
 REPOSITORY = Path(__file__).parents[2]
 HEAD = """
 import ray, sys
@@ -21,7 +22,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def cluster():
-    """A Ray of its own process; yields its address."""
+    """A Ray of its own process, with a token of its own; yields its address."""
     head = subprocess.Popen(
         [sys.executable, "-c", HEAD],
         stdin=subprocess.PIPE,
@@ -42,7 +43,7 @@ def test_the_driver_joins_a_running_cluster(cluster, make_config, tmp_path):
     words = ["--recipe", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run"), "--address", cluster]
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "cluster" / "run.py"), *words],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "RAY_ADDRESS": ""},
+        capture_output=True, text=True, timeout=300, env={**os.environ, **TOKEN},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "distilled, soft labels" in done.stdout

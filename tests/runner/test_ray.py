@@ -201,3 +201,20 @@ class TestShares:
         self.have(monkeypatch, {"CPU": 8.0}, {"CPU": 2.0})
         assert task_share(make_config(runtime={"threads_per_actor": 4}).runtime) == Share(4.0, 0.0)
         assert task_share(make_config(runtime={"threads_per_actor": 32}).runtime) == Share(8.0, 0.0)
+
+
+def test_a_private_ray_demands_its_token(ray_runtime):
+    """Its ports listen on every interface, so a stranger without the token must not get in."""
+    import os
+    import subprocess
+    import sys
+
+    address = ray.get_runtime_context().gcs_address
+    code = f"import ray; ray.init({address!r}, logging_level='ERROR'); print('got in', ray.cluster_resources())"
+    strangers = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**strangers, **wrong}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "got in" not in done.stdout
