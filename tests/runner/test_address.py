@@ -29,6 +29,7 @@ def cluster():
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        env={**os.environ, **TOKEN},
     )
     for line in head.stdout:
         if line.startswith("address "):
