@@ -247,9 +247,7 @@ def test_weight_decay_groups_of_resnet18_with_100_classes():
 @pytest.mark.parametrize("optimizer_name", ["adam", "sgd"])
 def test_pretraining_is_the_naive_loop(optimizer_name):
     data = [(normal(i, size, 3, SIZE, SIZE), torch.arange(size) % CLASSES) for i, size in enumerate((8, 8, 5))]
-    numbers = PretrainSettings(
-        0, epochs=3, batch_size=8, optimizer=optimizer_name, lr=0.01, weight_decay=0.1, cosine_epochs=2
-    )
+    numbers = PretrainSettings(epochs=3, optimizer=optimizer_name, lr=0.01, weight_decay=0.1, cosine_epochs=2)
     ours, reports = tiny_net(1, norm=two_group_norm), []
     pretrain_expert(
         ours, lambda epoch: [data[(i + epoch) % 3] for i in range(3)], numbers, lambda *row: reports.append(row)
@@ -293,7 +291,7 @@ def test_pretraining_updates_running_statistics_and_ends_in_eval_mode():
     before = net[1].running_mean.clone()
     pretrain_expert(
         net, lambda epoch: [(normal(0, 8, 3, SIZE, SIZE), torch.arange(8) % CLASSES)],
-        PretrainSettings(0, epochs=1, batch_size=8, optimizer="adam", lr=0.01, weight_decay=0.0, cosine_epochs=1),
+        PretrainSettings(epochs=1, optimizer="adam", lr=0.01, weight_decay=0.0, cosine_epochs=1),
     )  # fmt: skip
     assert not torch.equal(net[1].running_mean, before)
     assert not net.training
@@ -303,9 +301,7 @@ def test_bfloat16_pretraining_is_near_and_leaves_plain_float32_weights():
     batch, trained = (normal(0, 8, 3, SIZE, SIZE), torch.arange(8) % CLASSES), {}
     for precision in ("float32", "bfloat16"):
         net, losses = tiny_net(1), []
-        numbers = PretrainSettings(
-            0, 3, 8, optimizer="sgd", lr=0.01, weight_decay=0.0, cosine_epochs=9, precision=precision
-        )
+        numbers = PretrainSettings(3, optimizer="sgd", lr=0.01, weight_decay=0.0, cosine_epochs=9, precision=precision)
         pretrain_expert(
             net, lambda epoch: [batch], numbers, lambda epoch, loss, accuracy, losses=losses: losses.append(loss)
         )

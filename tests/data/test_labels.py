@@ -119,9 +119,10 @@ def test_students_see_what_teachers_were_shown_bit_for_bit(labelled):
 def test_teachers_say_again_what_is_stored_within_fp16(labelled):
     stored = normalize(torch.from_numpy(labelled.images), INFO)
     teachers = [Teacher(spec.build("cpu"), batchnorm="batch") for spec in TEACHERS]
+    bn_group = views().c.resolved_bn_group(len(stored))
     for epoch in range(EPOCHS):
         for plan, logits in labelled.labels.epoch(epoch):
-            (again,) = committee_logits(teachers, WEIGHTS, [batch_views(stored, plan)], 8)
+            (again,) = committee_logits(teachers, WEIGHTS, [batch_views(stored, plan)], bn_group)
             assert logits.dtype == torch.float32
             torch.testing.assert_close(logits, again, rtol=2**-11, atol=1e-5)
             assert float(again.abs().max()) > 0.1
@@ -263,7 +264,14 @@ def finished(tmp_path):
         ("relabel/ipc5/distilled", {"labels.arrow": data}),
     ):
         artifacts.commit(StagePlan(stage, {}, {}, images.classes, 0), files, wall_s=0.0, facts={})
-    run = SimpleNamespace(config=config, artifacts=artifacts, store=artifacts.store, classes=images.classes, info=INFO)
+    run = SimpleNamespace(
+        config=config,
+        artifacts=artifacts,
+        store=artifacts.store,
+        classes=images.classes,
+        info=INFO,
+        require=artifacts.require,
+    )
     return SimpleNamespace(run=run, labels=data, name="relabel/ipc5/distilled/labels.arrow")
 
 
