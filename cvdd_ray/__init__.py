@@ -18,6 +18,7 @@ from cvdd_ray.stages.prior import prior
 from cvdd_ray.stages.relabel import relabel
 from cvdd_ray.stages.report import write_report
 from cvdd_ray.stages.synthesize import synthesize
+from cvdd_ray.sweepconfig import SweepConfig, load_sweep
 
 __all__ = [
     "ArtifactError",
@@ -28,17 +29,21 @@ __all__ = [
     "NumericsError",
     "Run",
     "RunConfig",
+    "SweepConfig",
     "check",
     "evaluate",
     "initialize",
     "load_config",
     "load_distilled",
+    "load_sweep",
     "pretrain",
     "prior",
     "relabel",
     "run",
     "run_all",
+    "sweep",
     "synthesize",
+    "trainable",
     "write_report",
 ]
 
@@ -59,3 +64,29 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
     finally:
         this.close()
     return this
+
+
+def sweep(config: SweepConfig, out: str, **options):
+    """Run the sweep of `config` (from `load_sweep`) below `out`, or continue it, and return Ray Tune's ResultGrid.
+
+    `options`: `reuse` (directories of runs or sweeps whose finished stages are taken over), `overwrite`, `verbose`, and
+    `progress`. Raises CvddError's kinds.
+    """
+    if config.runtime.address is None:
+        from cvdd_ray.runner import protect_private_cluster
+
+        protect_private_cluster()
+    from cvdd_ray.runner.sweep import sweep as run_sweep
+
+    return run_sweep(config, out, **options)
+
+
+def trainable(config: RunConfig, out: str, **options):
+    """Return a trainable for your own `ray.tune.Tuner`: it measures `config` with the dotted settings of a trial changed.
+
+    Reports `holdout_accuracy` in percent, never the test set's. Stages are made below `out` and shared by all trials. The
+    options (students per trial, epochs between reports, places for actors) are those of `runner.trainable.trainable`.
+    """
+    from cvdd_ray.runner.trainable import trainable as tune_trainable
+
+    return tune_trainable(config, out, **options)

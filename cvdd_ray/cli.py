@@ -37,6 +37,10 @@ OutOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Join this Ray cluster (e.g. auto) instead of starting one here.")
 ]
+ReuseOption = Annotated[
+    list[str] | None,
+    typer.Option("--reuse", metavar="DIR", help="Take over fitting stages of another run or sweep; may be repeated."),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace stages that were made with other settings.")
 ]
@@ -45,10 +49,32 @@ OverwriteOption = Annotated[
 @app.command("run")
 def run_command(
     recipe: RecipeArgument, set_: SetOption = None, out: OutOption = None, address: AddressOption = None,
-    overwrite: OverwriteOption = False,
+    overwrite: OverwriteOption = False, reuse: ReuseOption = None,
 ) -> None:  # fmt: skip
     """All stages; run again after an interruption, it continues where it stopped."""
-    folder = _with_run("run", recipe, set_, out, address, overwrite)
+    folder = _with_run("run", recipe, set_, out, address, overwrite, reuse or ())
+    show(folder)
+
+
+@app.command("sweep")
+def sweep_command(
+    file: Annotated[str, typer.Argument(metavar="SWEEP_YAML", help="A file with a `sweep:` section (tune_configs/).")],
+    base: Annotated[str | None, typer.Option("--base", metavar="RECIPE", help="Sweep this recipe instead.")] = None,
+    set_: SetOption = None, out: OutOption = None, address: AddressOption = None, overwrite: OverwriteOption = False,
+    reuse: ReuseOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Ray Tune's own output as well.")] = False,
+) -> None:  # fmt: skip
+    """Search settings with Ray Tune; run again after an interruption, it continues where it stopped."""
+    import cvdd_ray
+    from cvdd_ray.runner.progress import LiveProgress
+
+    config = cvdd_ray.load_sweep(file, _changes(set_, address), base=base)
+    folder = out or config.storage.out or str(Path("runs") / Path(file).stem)
+    progress = LiveProgress()
+    try:
+        cvdd_ray.sweep(config, folder, reuse=reuse or (), overwrite=overwrite, progress=progress, verbose=verbose)
+    finally:
+        progress.close()
     show(folder)
 
 
@@ -74,17 +100,20 @@ for _verb, _summary in {
 
 
 @app.command()
-def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")]) -> None:
-    """Print a run's summary; write its table, contact sheets and curves to DIR/report."""
+def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run or a sweep.")]) -> None:
+    """Print the summary of a run or a sweep; write its tables and pictures to DIR/report."""
     from cvdd_ray.data.storage import Store
     from cvdd_ray.stages.report import rich_summary, write_report
     from cvdd_ray.stages.summary import summarize_run
+    from cvdd_ray.stages.sweepreport import rich_sweep, write_sweep_report
+    from cvdd_ray.stages.sweepsummary import is_sweep, read_sweep
 
     store = Store(folder)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    for part in rich_summary(summarize_run(store)):
+    swept = is_sweep(store)
+    for part in rich_sweep(read_sweep(store)) if swept else rich_summary(summarize_run(store)):
         console.print(part)
-    for name, path in write_report(store).items():
+    for name, path in (write_sweep_report(store) if swept else write_report(store)).items():
         console.print(f"{name}: {path}", soft_wrap=True)
 
 
@@ -101,25 +130,36 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, 
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep file instead of a run's configuration.")] = False,
+) -> None:
     """Print the JSON Schema of a configuration file, for editors."""
-    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+    from cvdd_ray.sweepconfig import SweepConfig
+
+    print(json.dumps((SweepConfig if sweep else RunConfig).model_json_schema(), indent=1))
 
 
-def _with_run(verb: str, recipe, set_, out, address, overwrite) -> str:
+def _changes(set_: list[str] | None, address: str | None) -> list[str]:
+    return [*(set_ or []), *([f"runtime.address={address}"] if address else [])]
+
+
+def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str:
     """Build the run, do one verb's work, return the run's directory."""
     if recipe is None and out is None:
         raise ConfigError("give a recipe or a YAML file (`cvdd recipes` lists them), or --out DIR of an existing run")
-    changes = [*(set_ or []), *([f"runtime.address={address}"] if address else [])]
+    changes = _changes(set_, address)
     config = load_config(recipe, changes) if recipe else _config_of(out, changes)
     folder = out or config.storage.out or str(Path("runs") / Path(recipe).stem)
 
+    from cvdd_ray.data.artifacts import Artifacts
+    from cvdd_ray.data.storage import Store
     from cvdd_ray.runner.progress import LiveProgress
     from cvdd_ray.stages.context import Run
     from cvdd_ray.stages.pipeline import STAGES, check, remember, run_all
 
     progress = LiveProgress()
-    run = Run(config, folder, progress=progress, overwrite=overwrite)
+    artifacts = Artifacts(Store(folder), overwrite, sources=[Store(root) for root in reuse])
+    run = Run(config, artifacts, progress=progress)
     try:
         check(run)
         if config.runtime.engine == "ray":

@@ -222,6 +222,25 @@ class RelabelConfig(Section):
         return self
 
 
+class Phase(Section):
+    """Training settings that change from an epoch on; None: as before."""
+
+    from_epoch: Positive
+    """First epoch (0-based) that has the new settings."""
+    lr: PositiveFloat | None = None
+    """AdamW learning rate."""
+    weight_decay: NonNegative | None = None
+    """AdamW weight decay."""
+    eta: PositiveFloat | None = None
+    """Stretch of the schedule."""
+    temperature: PositiveFloat | None = None
+    """Temperature of the KL divergence."""
+
+    def changes(self) -> dict[str, float]:
+        """Return what changes, by name."""
+        return self.model_dump(exclude={"from_epoch"}, exclude_none=True)
+
+
 class EvaluateConfig(Section):
     students: tuple[str, ...] = ("resnet18",)
     """Networks trained from scratch on the distilled set."""
@@ -234,11 +253,19 @@ class EvaluateConfig(Section):
     weight_decay: NonNegative = 0.01
     """AdamW weight decay on weights with more than one dimension; 0 elsewhere."""
     eta: PositiveFloat = 1.0
-    """Cosine smoothing: lr(e) = lr/2 (1 + cos(pi e / (E eta))), stepped per epoch."""
+    """Stretch of the schedule, stepped per epoch; cosine: lr(e) = lr/2 (1 + cos(pi e / (E eta)))."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate; `linear`: lr(e) = lr (1 - e / (E eta)); `constant` knows no eta."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs of linear climb before the schedule, which then has the rest of the epochs."""
+    phases: tuple[Phase, ...] = ()
+    """Settings that change during the training, in rising order: the schedule a population-based sweep has found."""
     temperature: PositiveFloat = 20.0
     """Temperature of the KL divergence (no T squared factor)."""
     seeds: Positive = 3
     """Students per row of the table; mean and standard deviation are over them."""
+    first_seed: Annotated[int, Field(ge=0)] = 0
+    """Number of the first student: others are other students (a sweep's final test takes fresh ones)."""
     test_every: Positive = 10
     """Epochs between test evaluations; the last epoch is always tested."""
     baselines: tuple[Literal["random_hard", "random_soft", "start_soft", "eval_labels"], ...] = (
@@ -249,6 +276,17 @@ class EvaluateConfig(Section):
     )
     """Rows beside ours at equal IPC: random real images with hard labels, the same with our soft labels, the starting
     images with our soft labels, our images with eval-mode labels."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.schedule == "constant" and self.eta != 1:
+            raise ValueError(f"eta {self.eta:g} has no effect with schedule 'constant'; leave it at 1")
+        if self.warmup_epochs and self.epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than the {self.epochs} epochs")
+        starts = [phase.from_epoch for phase in self.phases]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"phases must begin at rising epochs, got {starts}")
+        return self
 
 
 class RuntimeConfig(Section):
@@ -313,4 +351,13 @@ class RunConfig(Section):
                 f"evaluate.epochs {self.evaluate.epochs} is more than relabel.epochs {self.relabel.epochs}; "
                 f"every epoch needs labels of its own"
             )
+        if self.evaluate.warmup_epochs >= self.student_epochs:
+            raise ValueError(
+                f"evaluate.warmup_epochs {self.evaluate.warmup_epochs} must be fewer than the {self.student_epochs} epochs"
+            )
         return self
+
+    @property
+    def student_epochs(self) -> int:
+        """Epochs of every student's training."""
+        return self.evaluate.epochs or self.relabel.epochs

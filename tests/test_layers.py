@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cvdd_ray"
-LAYERS = {"errors": 0, "config": 0, "recipes": 0, "core": 1, "data": 2, "stages": 3, "runner": 4, "cli": 5}
+LAYERS = {
+    "errors": 0,
+    "config": 0,
+    "space": 0,
+    "sweepconfig": 0,
+    "recipes": 0,
+    "core": 1,
+    "data": 2,
+    "stages": 3,
+    "runner": 4,
+    "cli": 5,
+}
 
 
 def imports_of(path: Path) -> set[str]:

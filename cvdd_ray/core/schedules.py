@@ -1,6 +1,7 @@
 """Learning rates as functions of the step."""
 
 import math
+from collections.abc import Callable
 
 
 def recover_lr(lr: float, iteration: int, iterations: int) -> float:
@@ -8,6 +9,35 @@ def recover_lr(lr: float, iteration: int, iterations: int) -> float:
     return 0.5 * lr * (1.0 + math.cos(math.pi * iteration / iterations))
 
 
-def smoothed_cosine_lr(lr: float, epoch: int, epochs: int, eta: float) -> float:
+def smoothed_cosine_lr(lr: float, epoch: float, epochs: float, eta: float) -> float:
     """Return the student's learning rate of one epoch: a cosine stretched by eta (paper Fig. 2, spec section 7)."""
     return 0.5 * lr * (1.0 + math.cos(math.pi * epoch / (epochs * eta)))
+
+
+def linear_lr(lr: float, epoch: float, epochs: float, eta: float) -> float:
+    """Return the learning rate of one epoch of a straight line to 0 at `epochs * eta`; eta 2 ends at one half
+    (spec section 7 without `--cos`; EDC on ImageNet-1K, spec 9.5)."""
+    return lr * (1.0 - epoch / (epochs * eta))
+
+
+def constant_lr(lr: float, epoch: float, epochs: float, eta: float) -> float:
+    """Return `lr`, whatever the epoch."""
+    return lr
+
+
+STUDENT_SCHEDULES: dict[str, Callable[[float, float, float, float], float]] = {
+    "cosine": smoothed_cosine_lr,
+    "linear": linear_lr,
+    "constant": constant_lr,
+}
+
+
+def student_lr(kind: str, lr: float, epoch: int, epochs: int, *, eta: float, warmup_epochs: int = 0) -> float:
+    """Return the student's learning rate of epoch 0..epochs-1.
+
+    The first `warmup_epochs` climb in equal steps, lr/(w+1) ... lr w/(w+1); the schedule `kind` (a key of
+    STUDENT_SCHEDULES) has the epochs after them.
+    """
+    if epoch < warmup_epochs:
+        return lr * (epoch + 1) / (warmup_epochs + 1)
+    return STUDENT_SCHEDULES[kind](lr, epoch - warmup_epochs, epochs - warmup_epochs, eta)

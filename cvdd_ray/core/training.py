@@ -1,10 +1,10 @@
-"""Training loops: experts on real images (squeeze), students on distilled ones (post-evaluation), and accuracy.
+"""Training an expert on real images (squeeze), and accuracy.
 
 Legend: N images, B images of a batch, C channels, K classes, S pixels.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from cvdd_ray.core.augment import Views, apply_views, draw_boxes
 from cvdd_ray.core.keys import generator
-from cvdd_ray.core.schedules import smoothed_cosine_lr
-from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
 from cvdd_ray.errors import NumericsError
 
 
@@ -91,83 +89,6 @@ def pretrain_expert(
             raise NumericsError(f"pretraining diverged in epoch {epoch + 1}: the loss is not finite; lower pretrain.lr")
         on_epoch(epoch, loss_sum / seen, 100.0 * correct / seen)
     model.eval().to(memory_format=torch.contiguous_format)
-
-
-def kd_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    """Return KL(softmax(teacher/T) || softmax(student/T)), summed over classes, mean over the batch, no T squared
-    factor; its gradient is (q - p) / (T B).  Source: spec section 7."""
-    log_q = F.log_softmax(student_BK / temperature, 1)
-    log_p = F.log_softmax(teacher_BK / temperature, 1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return AdamW's parameter groups: decay on parameters named `weight` with more than one dimension, none elsewhere."""
-    decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        (decayed if "weight" in name and parameter.ndim > 1 else free).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-@dataclass(frozen=True)
-class StudentSettings:
-    """Numbers of the post-evaluation (spec section 7). `temperature` None: hard labels and cross-entropy."""
-
-    epochs: int
-    batch_size: int
-    bn_group: int
-    lr: float
-    weight_decay: float
-    eta: float
-    temperature: float | None
-    test_every: int
-
-
-def train_student(
-    student: nn.Module,
-    images_NCHW: Tensor,
-    epoch_batches: Callable[[int], Iterator[tuple[BatchPlan, Tensor]]],
-    settings: StudentSettings,
-    test: Callable[[nn.Module], float],
-    on_epoch: Callable[[int], None] = lambda epoch: None,
-) -> list[tuple[int, float, float, float]]:
-    """Train `student` in place and return rows (epoch, mean loss, train agreement in percent, test accuracy in percent).
-
-    `epoch_batches(epoch)` yields (plan, targets): logits_BK of the teachers, or labels_B with temperature None. Each
-    batch is cut into micro-batches of `bn_group` images, so that the student's BatchNorm sees the images the teachers'
-    saw; losses are divided by the number of groups of a whole batch (a short batch weighs less), one AdamW step per
-    batch. The test
-    accuracy is taken every `test_every` epochs and after the last.  Source: spec section 7, decisions 5-8.
-    """
-    s = settings
-    optimizer = torch.optim.AdamW(adamw_groups(student, s.weight_decay), lr=s.lr, betas=(0.9, 0.999), eps=1e-8)
-    student.to(memory_format=torch.channels_last)
-    num_accumulated = len(group_sizes(s.batch_size, s.bn_group))
-    curve = []
-    for epoch in range(s.epochs):
-        student.train()
-        for group in optimizer.param_groups:
-            group["lr"] = smoothed_cosine_lr(s.lr, epoch, s.epochs, s.eta)
-        loss_sum, agreed, seen = 0.0, 0, 0
-        for plan, targets in epoch_batches(epoch):
-            views_BCSS = batch_views(images_NCHW, plan).contiguous(memory_format=torch.channels_last)
-            sizes = group_sizes(len(views_BCSS), s.bn_group)
-            optimizer.zero_grad(set_to_none=True)
-            for micro_views, micro_targets in zip(views_BCSS.split(sizes), targets.split(sizes), strict=True):
-                logits = student(micro_views)
-                if s.temperature is None:
-                    loss, wanted = F.cross_entropy(logits, micro_targets), micro_targets
-                else:
-                    loss, wanted = kd_loss(logits, micro_targets, s.temperature), micro_targets.argmax(1)
-                (loss / num_accumulated).backward()
-                loss_sum += float(loss.detach()) * len(logits)
-                agreed += int((logits.argmax(1) == wanted).sum())
-                seen += len(logits)
-            optimizer.step()
-        if epoch % s.test_every == 0 or epoch == s.epochs - 1:
-            curve.append((epoch, loss_sum / seen, 100.0 * agreed / seen, test(student)))
-        on_epoch(epoch)
-    return curve
 
 
 @torch.no_grad()

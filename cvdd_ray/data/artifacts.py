@@ -3,7 +3,8 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -36,7 +37,7 @@ class StagePlan:
         return json.loads(json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}))
 
     def fingerprint(self) -> str:
-        return sha256(json.dumps(self.identity(), sort_keys=True).encode())
+        return _fingerprint(self.identity())
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,34 @@ class Manifest:
 
 
 class Artifacts:
-    """The artifacts of one run, in a store. `overwrite` lets a stage with other settings replace what is there."""
+    """The artifacts in a store: those of one run, or the variants of a sweep.
 
-    def __init__(self, store: Store, overwrite: bool = False):
-        self.store, self.overwrite = store, overwrite
+    A run has one artifact per stage, in the stage's folder; `overwrite` lets other settings replace it. With `variants`
+    results of different settings lie side by side, in a folder per plan, and `manifest(stage)` is the one last asked for
+    by plan. `sources` are other stores whose finished stages are taken over where the plan is the same. `exclusive(keys)`
+    is entered while stages are made, so that two processes do not make the same one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        overwrite: bool = False,
+        *,
+        variants: bool = False,
+        sources: Sequence[Store] = (),
+        exclusive: Callable[[Sequence[str]], AbstractContextManager] = lambda keys: nullcontext(),
+    ):
+        self.store, self.overwrite, self.variants = store, overwrite, variants
+        self._sources, self._exclusive = tuple(sources), exclusive
+        self.used: dict[str, Manifest] = {}
+
+    def folder(self, identity: Mapping[str, Any]) -> str:
+        """Return the folder of the artifact with this identity."""
+        return variant_folder(identity) if self.variants else identity["stage"]
 
     def manifest(self, stage: str) -> Manifest | None:
         """Return the manifest of a finished stage, or None.  Raises ArtifactError when it cannot be read."""
-        name = f"{stage}/{MANIFEST}"
-        if not self.store.exists(name):
-            return None
-        try:
-            found = Manifest(**json.loads(self.store.read(name)))
-            if found.identity["schema"] == SCHEMA_VERSION and found.stage == stage:
-                return found
-        except (ValueError, TypeError, KeyError):
-            pass
-        raise ArtifactError(
-            f"{self.store.display(name)} is damaged or of another schema (this version reads {SCHEMA_VERSION}); "
-            f"remove its folder to make it anew"
-        )
+        return self.used.get(stage) if self.variants else read_manifest(self.store, stage, stage)
 
     def require(self, stage: str, verb: str) -> Manifest:
         """Return the manifest of a finished stage.  Raises ArtifactError that names the verb which makes it."""
@@ -89,27 +98,35 @@ class Artifacts:
         return found
 
     def finished(self, plan: StagePlan) -> Manifest | None:
-        """Return the manifest if the planned work is already done.  Raises ArtifactError when the folder holds the
-        result of other settings and `overwrite` is off."""
-        found = self.manifest(plan.stage)
-        if found is None:
-            return None
-        difference = first_difference(found.identity, plan.identity())
-        if difference is None:
-            return found
-        if not self.overwrite:
+        """Return the manifest if the planned work is already done, here or in a source.  Raises ArtifactError when the
+        folder holds the result of other settings and `overwrite` is off."""
+        identity = plan.identity()
+        found = read_manifest(self.store, self.folder(identity), plan.stage)
+        difference = first_difference(found.identity, identity) if found else None
+        if difference and not self.overwrite:
             where, there, wanted = difference
             raise ArtifactError(
                 f"{self.store.display(plan.stage)} was made with {where} = {there}, now asked for {wanted}; "
                 f"choose another --out, or pass --overwrite to replace it"
             )
-        return None
+        if found is None or difference:
+            found = self._adopt(identity)
+        if found is not None:
+            self.used[plan.stage] = found
+        return found
+
+    @contextmanager
+    def making(self, *plans: StagePlan) -> Iterator[None]:
+        """Be the only one who makes these stages; entering waits while another process makes one of them."""
+        with self._exclusive(sorted(self.folder(plan.identity()) for plan in plans)):
+            yield
 
     def commit(self, plan: StagePlan, files: Mapping[str, bytes], *, wall_s: float, facts: Mapping) -> Manifest:
         """Write the files, then the manifest, then drop the partial results; return the manifest."""
-        self.store.delete(f"{plan.stage}/{MANIFEST}")
+        folder = self.folder(plan.identity())
+        self.store.delete(f"{folder}/{MANIFEST}")
         for name, content in files.items():
-            self.store.write(f"{plan.stage}/{name}", content)
+            self.store.write(f"{folder}/{name}", content)
         manifest = Manifest(
             identity=plan.identity(),
             files={name: sha256(content) for name, content in files.items()},
@@ -117,17 +134,18 @@ class Artifacts:
             wall_s=round(wall_s, 3),
             versions=software_versions(),
         )
-        self.store.write(f"{plan.stage}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode())
-        self.store.delete_folder(f"{plan.stage}/partial")
+        self.store.write(f"{folder}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode())
+        self.store.delete_folder(f"{folder}/partial")
+        self.used[plan.stage] = manifest
         return manifest
 
     def partial(self, plan: StagePlan) -> str:
         """Return the folder for results of an unfinished stage; it is named by the plan, so other settings never mix."""
-        return f"{plan.stage}/partial/{plan.fingerprint()[:16]}"
+        return f"{self.folder(plan.identity())}/partial/{plan.fingerprint()[:16]}"
 
     def read(self, manifest: Manifest, name: str) -> bytes:
         """Return a file of a finished stage, verified.  Raises ArtifactError when it is missing or altered."""
-        content = self.store.read(f"{manifest.stage}/{name}")
+        content = self.store.read(f"{self.folder(manifest.identity)}/{name}")
         self._require_digest(manifest, name, sha256(content))
         return content
 
@@ -136,19 +154,61 @@ class Artifacts:
 
         Raises ArtifactError when it is missing or altered.
         """
+        path = f"{self.folder(manifest.identity)}/{name}"
         digest = hashlib.sha256()
-        with self.store.open(f"{manifest.stage}/{name}") as file:
+        with self.store.open(path) as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
         self._require_digest(manifest, name, digest.hexdigest())
-        return f"{manifest.stage}/{name}"
+        return path
 
     def _require_digest(self, manifest: Manifest, name: str, digest: str) -> None:
         if digest != manifest.files.get(name):
+            folder = self.folder(manifest.identity)
             raise ArtifactError(
-                f"{self.store.display(f'{manifest.stage}/{name}')} does not have the sha256 its manifest says; "
-                f"it was altered or damaged: remove the folder {manifest.stage} and run the command again"
+                f"{self.store.display(f'{folder}/{name}')} does not have the sha256 its manifest says; "
+                f"it was altered or damaged: remove the folder {folder} and run the command again"
             )
+
+    def _adopt(self, identity: Mapping[str, Any]) -> Manifest | None:
+        """Take a finished stage of the same identity over from a source, files first; return its manifest, or None."""
+        for source in self._sources:
+            for there in (identity["stage"], variant_folder(identity)):
+                found = read_manifest(source, there, identity["stage"])
+                if found is None or first_difference(found.identity, identity):
+                    continue
+                here = self.folder(identity)
+                self.store.delete(f"{here}/{MANIFEST}")
+                for name in (*found.files, MANIFEST):
+                    self.store.take(source, f"{there}/{name}", f"{here}/{name}")
+                return found
+        return None
+
+
+def variant_folder(identity: Mapping[str, Any]) -> str:
+    """Return where a sweep keeps the variant of a stage with this identity."""
+    return f"stages/{identity['stage']}/{_fingerprint(identity)[:16]}"
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(identity, sort_keys=True).encode())
+
+
+def read_manifest(store: Store, folder: str, stage: str) -> Manifest | None:
+    """Return the manifest of `stage` in a folder, None if there is none.  Raises ArtifactError when it cannot be read."""
+    name = f"{folder}/{MANIFEST}"
+    if not store.exists(name):
+        return None
+    try:
+        found = Manifest(**json.loads(store.read(name)))
+        if found.identity["schema"] == SCHEMA_VERSION and found.stage == stage:
+            return found
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ArtifactError(
+        f"{store.display(name)} is damaged or of another schema (this version reads {SCHEMA_VERSION}); "
+        f"remove its folder to make it anew"
+    )
 
 
 def first_difference(there: Any, wanted: Any, where: str = "") -> tuple[str, Any, Any] | None:

@@ -83,6 +83,32 @@ class Store:
         finally:
             Path(temporary).unlink(missing_ok=True)
 
+    def take(self, source: "Store", there: str, here: str) -> None:
+        """Take a file over from another store: a hard link on one disk, a copy otherwise; whole or not at all.
+
+        Raises ArtifactError when it is not there.
+        """
+        if not (self.is_local and source.is_local):
+            self.write(here, source.read(there))
+            return
+        path = self.path(here)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            os.link(source.path(there), temporary)
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            raise source._absent(there) from None
+        except OSError:  # another disk, or one without links
+            self.write(here, source.read(there))
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @property
+    def filesystem(self) -> tuple[fs.FileSystem, str]:
+        """The pyarrow file system this store is on, and the path of its root there."""
+        return self._fs, self._base
+
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of all files below a folder; an absent folder has none."""
         selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
@@ -102,6 +128,10 @@ class Store:
 
     def _absent(self, name: str) -> ArtifactError:
         return ArtifactError(f"{self.display(name)} is not there; run the stage that makes it")
+
+    def where(self, name: str) -> str:
+        """Return the path of a file for a person: an ordinary one on the local disk, else as `display`."""
+        return self.path(name) if self.is_local else self.display(name)
 
     def display(self, name: str) -> str:
         """Return root and name for a message, without credentials."""

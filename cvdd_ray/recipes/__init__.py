@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,7 @@ from cvdd_ray.config import RunConfig
 from cvdd_ray.errors import ConfigError
 
 HEADER_KEYS = ("base", "description")
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def recipe_names() -> list[str]:
@@ -26,21 +27,37 @@ def recipe_description(name: str) -> str:
     return str(_read(name).get("description", "")).strip()
 
 
-def load_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    recipe: str, overrides: Iterable[str] = (), *, model: type[Config] = RunConfig, base: str | None = None
+) -> Config:
     """Return the checked configuration of a packaged recipe or a YAML file, with `section.key=value` overrides.
 
-    A file may name a `base` (recipe or file) whose settings it changes.  Raises ConfigError: unknown recipe, unreadable
-    YAML, unknown key, wrong type, impossible combination; the message names the field, what was given, what is allowed.
+    A file may name a `base` (recipe or file) whose settings it changes; a `base` given here takes its place. `model` is
+    what the settings describe: a run, or a sweep.  Raises ConfigError: unknown recipe, unreadable YAML, unknown key,
+    wrong type, impossible combination; the message names the field, what was given, what is allowed.
     """
-    return _with_overrides(_resolve(recipe, seen=()), overrides)
+    return _with_overrides(_resolve(recipe, seen=(), base=base), overrides, model)
 
 
-def parse_config(text: str, name: str, overrides: Iterable[str] = ()) -> RunConfig:
+def parse_config(
+    text: str, name: str, overrides: Iterable[str] = (), *, model: type[Config] = RunConfig
+) -> Config:  # fmt: skip
     """Return the checked configuration in YAML text without a base; `name` is used in messages.  Raises ConfigError."""
-    return _with_overrides(_parse(text, name), overrides)
+    return _with_overrides(_parse(text, name), overrides, model)
 
 
-def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> RunConfig:
+def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the configuration with dotted settings changed; a mapping changes the settings of a section it names.
+
+    Raises ConfigError for an unknown setting, a wrong value, or an impossible combination.
+    """
+    settings = config.model_dump()
+    for path, value in values.items():
+        _set(settings, path, value, path)
+    return validate(settings, type(config))
+
+
+def _with_overrides(settings: dict[str, Any], overrides: Iterable[str], model: type[Config]) -> Config:
     for override in overrides:
         path, sign, text = override.partition("=")
         if not sign or not path:
@@ -49,23 +66,29 @@ def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> RunCo
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: {text!r} is not a YAML value; quote it, e.g. 'ipc=[1, 10]'") from None
-        *sections, last = path.split(".")
-        target = settings
-        for section in sections:
-            child = target.setdefault(section, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
-            target = child
-        target[last] = value
-    return validate(settings)
+        _set(settings, path, value, f"--set {override}")
+    return validate(settings, model)
 
 
-def validate(settings: Mapping[str, Any]) -> RunConfig:
-    """Return the RunConfig of plain settings.  Raises ConfigError with all faults in one line."""
+def _set(settings: dict[str, Any], path: str, value: Any, asked: str) -> None:
+    """Change one dotted setting in place; a mapping changes what it names of a section, anything else takes its place."""
+    *sections, last = path.split(".")
+    target = settings
+    for section in sections:
+        child = target.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{asked}: {section!r} is a value, not a section")
+        target = child
+    is_section = not sections and isinstance(value, dict) and isinstance(target.get(last), dict)
+    target[last] = _merge(target[last], value) if is_section else value
+
+
+def validate(settings: Mapping[str, Any], model: type[Config] = RunConfig) -> Config:
+    """Return the configuration of plain settings.  Raises ConfigError with all faults in one line."""
     try:
-        return RunConfig(**settings)
+        return model(**settings)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(fault) for fault in error.errors())) from None
+        raise ConfigError("; ".join(_explain(fault, model) for fault in error.errors())) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -73,11 +96,11 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _resolve(recipe: str, seen: tuple[str, ...]) -> dict[str, Any]:
+def _resolve(recipe: str, seen: tuple[str, ...], base: str | None = None) -> dict[str, Any]:
     if recipe in seen:
         raise ConfigError(f"recipe {recipe!r}: its bases form a circle ({' -> '.join([*seen, recipe])})")
     settings = _read(recipe)
-    base = settings.get("base")
+    base = base or settings.get("base")
     own = {name: value for name, value in settings.items() if name not in HEADER_KEYS}
     if base is None:
         return own
@@ -121,11 +144,15 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(fault: Mapping[str, Any]) -> str:
+def _explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     """Return `field: what was given, what is allowed` for one pydantic fault."""
     where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        return f"{where}: is missing" if where != "sweep" else "sweep: is missing; it names the `space` to search"
     if fault["type"] == "extra_forbidden":
-        known = list(_fields(fault["loc"][:-1]))
+        if where == "sweep":
+            return "sweep: this file describes a sweep; run it with `cvdd sweep`"
+        known = list(_fields(fault["loc"][:-1], model))
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
@@ -137,8 +164,11 @@ def _explain(fault: Mapping[str, Any]) -> str:
     return f"{where}: got {given!r}; {message}"
 
 
-def _fields(path: tuple) -> Iterable[str]:
-    model: Any = RunConfig
+def _fields(path: tuple, model: Any) -> Iterable[str]:
+    """Return the names of the fields at a place in a model, through mappings and lists."""
     for part in path:
-        model = model.model_fields[part].annotation
+        if hasattr(model, "model_fields"):
+            model = model.model_fields[part].annotation
+        else:  # the values of a mapping, the items of a list
+            model = next(kind for kind in reversed(get_args(model)) if kind is not Ellipsis)
     return model.model_fields

@@ -60,6 +60,12 @@ def connect(c: RuntimeConfig) -> bool:
         ) from None
 
 
+def disconnect(owned: bool) -> None:
+    """Let go of a connection that `connect` has made."""
+    if owned:
+        ray.shutdown()
+
+
 def _require_answer(address: str) -> None:
     """Raise ConnectionError at once when nothing listens at host:port; Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -70,20 +76,34 @@ def _require_answer(address: str) -> None:
             raise ConnectionError(error.strerror or "it does not answer") from None
 
 
-def nodes_with(resource: str) -> list[float]:
-    """Return how much of a resource each living node has; nodes without it are left out."""
-    found = [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
-    return [amount for amount in found if amount]
+def worker_bundles() -> list[dict[str, float]] | None:
+    """Return the places for actors and tasks of the placement group this process runs in (all bundles but its own, the
+    first); None outside of one. A trial of a sweep runs in one."""
+    group = ray.util.get_current_placement_group()
+    return None if group is None else list(group.bundle_specs[1:])
+
+
+def places_with(resource: str) -> list[float]:
+    """Return how much of a resource each place of this process's work has: living nodes, or bundles of its placement
+    group; places without it are left out."""
+    bundles = worker_bundles()
+    if bundles is None:
+        bundles = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [amount for amount in (place.get(resource, 0.0) for place in bundles) if amount]
 
 
 def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
     """Return what each of `num_actors` long-lived actors asks for, so that all of them can be placed at once.
 
     With GPUs: at most one each, else the largest fraction of which enough fit on the cards. Without: their threads, or
-    an equal part of the cores; nothing in a private cluster, where idle experts would keep later tasks from running.
+    an equal part of the cores; nothing in a private cluster, where idle experts would keep later tasks from running. In
+    a placement group: an equal part of a bundle.
     Raises ConfigError when `gpus_per_actor` asks for more than fits.
     """
-    gpus = nodes_with("GPU")
+    if bundles := worker_bundles():
+        sharing = math.ceil(num_actors / len(bundles))
+        return Share(*(math.floor(1000 * bundles[0].get(kind, 0.0) / sharing) / 1000 for kind in ("CPU", "GPU")))
+    gpus = places_with("GPU")
     if gpus and c.gpus_per_actor != 0:
         num_gpus = c.gpus_per_actor or 1.0 / math.ceil(num_actors / sum(gpus))
         if sum(_fitting(amount, num_gpus) for amount in gpus) < num_actors:
@@ -96,18 +116,18 @@ def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
         raise ConfigError(f"runtime.gpus_per_actor: {c.gpus_per_actor:g} asked for, the cluster has no GPU; use 0")
     if c.address is None:
         return Share(0.0, 0.0)
-    cpus = nodes_with("CPU")
+    cpus = places_with("CPU")
     fraction = math.floor(1000 * 0.9 * sum(cpus) / num_actors) / 1000
     return Share(min(float(c.threads_per_actor), fraction, max(cpus)), 0.0)
 
 
 def task_share(c: RuntimeConfig) -> Share:
-    """Return what one task asks for: its threads (at most the largest node's cores), and a quarter of a GPU or the
+    """Return what one task asks for: its threads (at most the largest place's cores), and a quarter of a GPU or the
     configured part if there are any."""
     num_gpus = 0.0
-    if nodes_with("GPU"):
+    if places_with("GPU"):
         num_gpus = 0.25 if c.gpus_per_actor is None else min(1.0, c.gpus_per_actor)
-    return Share(min(float(c.threads_per_actor), max(nodes_with("CPU"), default=1.0)), num_gpus)
+    return Share(min(float(c.threads_per_actor), max(places_with("CPU"), default=1.0)), num_gpus)
 
 
 def _fitting(amount: float, share: float) -> int:

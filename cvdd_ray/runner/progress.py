@@ -2,7 +2,7 @@
 
 import time
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
@@ -32,12 +32,12 @@ class LiveProgress:
         else:
             self._console.print(f"{title}: {total:.0f} {unit}", soft_wrap=True)
 
-    def update(self, done: float, note: str = "") -> None:
+    def update(self, done: float, note: str = "", detail: str = "") -> None:
         if self._first:  # what was already there when the stage was entered does not count for the rate
             self._done_at_start, self._first = done if done > 0 else 0.0, False
         self._done = done
         if self._live:
-            self._live.update(self._line(note))
+            self._live.update(Group(self._line(note), Text(detail)) if detail else self._line(note))
         elif time.monotonic() - self._printed >= self._plain_every_s:
             self._printed = time.monotonic()
             self._console.print(self._line(note), soft_wrap=True)

@@ -11,7 +11,7 @@ from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.errors import CvddError
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
-from cvdd_ray.runner.cluster import Share, connect, expert_share, nodes_with, task_share
+from cvdd_ray.runner.cluster import Share, connect, expert_share, places_with, task_share, worker_bundles
 from cvdd_ray.stages.grouptask import VoterSettings
 
 POLL_S = 0.25
@@ -64,15 +64,18 @@ class RayRuntime:
         finally:
             for driver in drivers:
                 ray.kill(driver)
-            if self._c.address is not None or nodes_with("GPU"):
-                self._release()  # what the experts hold is needed by tasks of later stages
+            if self._c.address is not None or places_with("GPU") or worker_bundles():
+                self.release()  # what the experts hold is needed by tasks of later stages
 
     def _spread(self, specs, voter, store, num_groups) -> list:
         """One actor per expert, kept for the next stage, and a coordinator with `groups_in_flight` groups at once."""
         c = self._c
         missing = {name: spec for name, spec in specs.items() if (spec, voter) != self._holds.get(name)}
         if missing:
-            remote = _remote(ExpertActor, expert_share(c, len(specs)), scheduling_strategy="SPREAD")
+            strategy = (
+                {} if worker_bundles() else {"scheduling_strategy": "SPREAD"}
+            )  # a trial's actors stay in its places
+            remote = _remote(ExpertActor, expert_share(c, len(specs)), **strategy)
             for name, spec in missing.items():
                 if name in self._experts:
                     ray.kill(self._experts.pop(name))
@@ -86,7 +89,8 @@ class RayRuntime:
         experts = {name: self._experts[name] for name in specs}
         return [coordinator.remote(experts, store, self._mailbox, c.threads_per_actor)]
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """End the expert actors that are kept for the next stage."""
         for actor in self._experts.values():
             ray.kill(actor)
         self._experts, self._holds, self._kept = {}, {}, {}
@@ -94,7 +98,7 @@ class RayRuntime:
     def _colocated(self, specs, voter, store, num_groups) -> list:
         """As many workers as there are GPUs (or cores), each with the whole committee and whole groups."""
         c = self._c
-        places = int(sum(nodes_with("GPU")) or sum(nodes_with("CPU")) / c.threads_per_actor)
+        places = int(sum(places_with("GPU")) or sum(places_with("CPU")) / c.threads_per_actor)
         num_workers = max(1, min(places, num_groups))
         remote = _remote(ColocatedWorker, expert_share(c, num_workers))
         specs_ref = self._kept["committee"] = ray.put(specs)
@@ -124,7 +128,7 @@ class RayRuntime:
             return {}
 
     def close(self) -> None:
-        self._release()
+        self.release()
         if self._owns_ray:
             ray.shutdown()
 
@@ -139,9 +143,15 @@ def _get(result_ref: Any) -> Any:
     try:
         return ray.get(result_ref)
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, CvddError):
-            raise next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)(
-                str(cause.args[0])
-            ) from None
-        raise
+        raise mendable(error) from None
+
+
+def mendable(error: Exception) -> Exception:
+    """Return the error a user can mend that is behind one that came from a worker, else the error as it is."""
+    cause = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if not isinstance(cause, CvddError):
+        return error
+    kind = next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)
+    return kind(str(cause.args[0]))

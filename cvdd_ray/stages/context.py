@@ -18,10 +18,10 @@ from cvdd_ray.stages.runtime import LocalRuntime, Runtime
 
 
 class Progress(Protocol):
-    """Where stages show what they do; `done` and `total` count `unit`s."""
+    """Where stages show what they do; `done` and `total` count `unit`s. `detail` is for terminals alone: lines below."""
 
     def start(self, title: str, total: float, unit: str) -> None: ...
-    def update(self, done: float, note: str = "") -> None: ...
+    def update(self, done: float, note: str = "", detail: str = "") -> None: ...
     def finish(self, note: str = "") -> None: ...
     def say(self, text: str) -> None: ...
 
@@ -30,34 +30,43 @@ class Silent:
     """Progress that shows nothing: the default of library use."""
 
     def start(self, title: str, total: float, unit: str) -> None: ...
-    def update(self, done: float, note: str = "") -> None: ...
+    def update(self, done: float, note: str = "", detail: str = "") -> None: ...
     def finish(self, note: str = "") -> None: ...
     def say(self, text: str) -> None: ...
 
 
 class Run:
-    """One run: `config`, its `artifacts` below `out`, a `runtime` and a `progress`; real data is loaded when first asked for."""
+    """One run: `config`, its `artifacts` in a store, a `runtime` and a `progress`.
+
+    `out` is a directory (or s3:// URI) of its own, or the artifacts it shares with others. Without a `runtime` this
+    process does the work, or what `start` returns when work first comes up; real data is loaded when first asked for,
+    unless it is given.
+    """
 
     def __init__(
         self,
         config: RunConfig,
-        out: str,
+        out: str | Artifacts,
         *,
         runtime: Runtime | None = None,
+        start: Callable[[], Runtime] | None = None,
         progress: Progress | None = None,
+        real: RealData | None = None,
         overwrite: bool = False,
     ):
         self.config = config
-        self.store = Store(out)
-        self.artifacts = Artifacts(self.store, overwrite)
-        self._runtime = runtime
+        self.artifacts = out if isinstance(out, Artifacts) else Artifacts(Store(out), overwrite)
+        self.store = self.artifacts.store
+        self._runtime, self._start = runtime, start or (lambda: LocalRuntime(config.runtime.threads_per_actor))
         self.progress = progress or Silent()
+        if real is not None:
+            self.real = real
 
     @property
     def runtime(self) -> Runtime:
-        """What runs the work; without one given, this process does, set up when it is first needed."""
+        """What runs the work; started when it is first needed."""
         if self._runtime is None:
-            self._runtime = LocalRuntime(self.config.runtime.threads_per_actor)
+            self._runtime = self._start()
         return self._runtime
 
     @runtime.setter
@@ -115,11 +124,14 @@ class Run:
     def stage(self, plan: StagePlan, title: str) -> Iterator["StageWork | None"]:
         """Enter a stage: yields None when its artifact is already there, else the means to make it."""
         found = self.artifacts.finished(plan)
-        if found is not None:
-            self.progress.say(f"{title}: already there ({found.wall_s:.0f} s when it was made)")
-            yield None
-        else:
-            yield StageWork(self, plan, title)
+        if found is None:
+            with self.artifacts.making(plan):
+                found = self.artifacts.finished(plan)  # another process may have made it meanwhile
+                if found is None:
+                    yield StageWork(self, plan, title)
+                    return
+        self.progress.say(f"{title}: already there ({found.wall_s:.0f} s when it was made)")
+        yield None
 
 
 class StageWork:

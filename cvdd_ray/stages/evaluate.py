@@ -3,16 +3,19 @@
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.models import build_seeded
-from cvdd_ray.core.training import StudentSettings, accuracy, train_student
+from cvdd_ray.core.softlabels import BatchPlan
+from cvdd_ray.core.students import StudentSettings, train_student
+from cvdd_ray.core.training import accuracy
 from cvdd_ray.data.datasets import DatasetInfo, normalize
 from cvdd_ray.data.labels import SoftLabels
 from cvdd_ray.data.storage import Store
@@ -51,7 +54,7 @@ def evaluate(run: Run, ipc: int) -> None:
     Raises ArtifactError when images or labels are missing.
     """
     c = run.config.evaluate
-    epochs = c.epochs or run.config.relabel.epochs
+    epochs = run.config.student_epochs
     arms, inputs = load_arms(run, ipc)
     views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, run.config.relabel)
     student = student_settings(run, epochs, ipc * len(run.classes))
@@ -67,7 +70,7 @@ def evaluate(run: Run, ipc: int) -> None:
             return
         items = {
             f"{arm}-{student}-seed{seed}": StudentTask(arm, student, seed)
-            for seed in range(c.seeds)
+            for seed in range(c.first_seed, c.first_seed + c.seeds)
             for student in c.students
             for arm in arms
         }
@@ -98,6 +101,9 @@ def student_settings(run: Run, epochs: int, num_images: int) -> StudentSettings:
         eta=c.eta,
         temperature=c.temperature,
         test_every=c.test_every,
+        schedule=c.schedule,
+        warmup_epochs=c.warmup_epochs,
+        phases=tuple((phase.from_epoch, phase.changes()) for phase in c.phases),
     )
 
 
@@ -144,6 +150,19 @@ def run_student(
     return json.dumps({"arm": task.arm, "student": task.student, "seed": task.seed, **row}).encode()
 
 
+def build_student(student: str, seed_number: int, info: DatasetInfo, seed: int, width: float) -> tuple[nn.Module, int]:
+    """Return a fresh student on the work device, and the seed of what it draws while it trains; both are a function of
+    (seed, network, seed number) alone."""
+    model_seed = key(seed, "student", student, seed_number)
+    model = build_seeded(student, info.num_classes, info.image_size, width=width, seed=model_seed)
+    return model.to(work_device()), model_seed
+
+
+def on_device(rows: Iterable[tuple[BatchPlan, torch.Tensor]], device: torch.device):
+    """Yield (plan, targets) with the targets on the device."""
+    return ((plan, targets.to(device)) for plan, targets in rows)
+
+
 def fit_student(
     student: str, seed_number: int, images_NCHW: np.ndarray, epoch_rows: Callable, test: Split, info: DatasetInfo,
     s: StudentSettings, seed: int, width: float, report: Callable[[dict], None],
@@ -151,15 +170,15 @@ def fit_student(
     """Train one student on (plan, targets) rows and return {"last", "best", "curve", "wall_s"}; accuracies in percent."""
     started = time.monotonic()
     device = work_device()
-    model_seed = key(seed, "student", student, seed_number)
-    model = build_seeded(student, info.num_classes, info.image_size, width=width, seed=model_seed).to(device)
+    model, model_seed = build_student(student, seed_number, info, seed, width)
     pixels = normalize(torch.from_numpy(np.array(images_NCHW)).to(device), info)
     curve = train_student(
         model, pixels,
-        lambda epoch: ((plan, targets.to(device)) for plan, targets in epoch_rows(epoch)),
+        lambda epoch: on_device(epoch_rows(epoch), device),
         s,
         lambda network: accuracy(network, test_batches(test, info, device)),
         lambda epoch: report({"done": (epoch + 1) / s.epochs}),
+        seed=model_seed,
     )  # fmt: skip
     return {
         "last": curve[-1][3],

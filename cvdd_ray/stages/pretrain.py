@@ -35,13 +35,23 @@ def pretrain(run: Run) -> None:
     """
     given = {name: given_weights(run, name) for name in run.config.committee.experts}
     plans = expert_plans(run, given)
-    todo = [name for name, plan in plans.items() if run.artifacts.finished(plan) is None]
+    if missing := _missing(run, plans):
+        with run.artifacts.making(*(plans[name] for name in missing)):
+            _train_missing(run, plans, given)
     for name in plans:
-        if name not in todo:
+        if name not in missing:
             run.progress.say(f"pretrain {name}: already there")
+
+
+def _missing(run: Run, plans: Mapping[str, StagePlan]) -> list[str]:
+    return [name for name, plan in plans.items() if run.artifacts.finished(plan) is None]
+
+
+def _train_missing(run: Run, plans: Mapping[str, StagePlan], given: Mapping[str, bytes | None]) -> None:
+    """Train or store the experts that are not there, side by side, and commit each as it is done."""
+    c, todo = run.config, _missing(run, plans)  # another process may have made some meanwhile
     if not todo:
         return
-    c = run.config
     items = {name: (name, given[name], c.seed) for name in todo}
     holdout = split_for_workers(run.real.holdout, run.info)
     shared = (

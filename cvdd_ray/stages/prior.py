@@ -30,14 +30,19 @@ def prior(run: Run) -> None:
     c = run.config
     if not needs_priors(c):
         run.progress.say("prior: not needed, nothing in this run depends on it")
-        return
-    if c.prior.method == "given":
+    elif c.prior.method == "given":
         given_priors(run)
-        return
+    else:
+        measure_priors(run)
+
+
+def measure_priors(run: Run) -> None:
+    """Make `prior` by measuring every expert, whether or not this run's own votes depend on it."""
+    c = run.config
     initialized = initialize(run, c.prior.ipc)
     specs, hashes = load_experts(run)
     iterations = c.prior.iterations or c.synthesize.iterations
-    epochs = c.prior.epochs or c.evaluate.epochs or c.relabel.epochs
+    epochs = c.prior.epochs or c.student_epochs
     views = ViewSettings(c.seed, c.data.flip, run.info.image_size, c.relabel)
     student = student_settings(run, epochs, c.prior.ipc * len(run.classes))
     settings = {
@@ -46,7 +51,9 @@ def prior(run: Run) -> None:
         "relabel": c.relabel.model_dump(
             include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}
         ),
-        "evaluate": c.evaluate.model_dump(include={"lr", "weight_decay", "eta", "temperature"}),
+        "evaluate": c.evaluate.model_dump(
+            include={"lr", "weight_decay", "eta", "temperature", "schedule", "warmup_epochs", "phases"}
+        ),
         "width": run.width,
         "data.flip": c.data.flip,
     }

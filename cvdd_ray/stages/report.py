@@ -22,7 +22,7 @@ def accuracy_table(summary: RunSummary) -> list[tuple[str, ...]]:
     """Return rows of text: IPC, training set, student, last and best test accuracy in percent, seeds."""
 
     def cells(row: ResultRow) -> tuple[str, ...]:
-        last, best = _spread(row.last_mean, row.last_std), _spread(row.best_mean, row.best_std)
+        last, best = spread(row.last_mean, row.last_std), spread(row.best_mean, row.best_std)
         return str(row.ipc), row.training_set, row.student, last, best, str(row.seeds)
 
     return [cells(row) for row in _all_rows(summary)]
@@ -32,7 +32,7 @@ def markdown_table(summary: RunSummary) -> str:
     """Return the accuracy table as Markdown; the best row of every IPC (by last accuracy) is bold."""
     rows = zip(accuracy_table(summary), _all_rows(summary), strict=True)
     marked = [tuple(f"**{cell}**" for cell in cells) if row.is_best else cells for cells, row in rows]
-    return _pipes(HEADER, marked, ("---:", "---", "---", "---:", "---:", "---:"))
+    return pipes(HEADER, marked, ("---:", "---", "---", "---:", "---:", "---:"))
 
 
 def rich_table(summary: RunSummary) -> Table:
@@ -77,7 +77,7 @@ def write_report(store: Store) -> dict[str, str]:
             store.delete(name)
     for name, content in files.items():
         store.write(f"report/{name}", content)
-    return {name: store.path(f"report/{name}") if store.is_local else store.display(f"report/{name}") for name in files}
+    return {name: store.where(f"report/{name}") for name in files}
 
 
 def _curves(reader: RunReader, ipc: int, summary: RunSummary) -> bytes:
@@ -124,16 +124,16 @@ def _markdown(summary: RunSummary, pictures: list[str]) -> str:
     sections = {
         f"# {summary.dataset or 'Run'}": "\n".join(f"- {name}: {value}" for name, value in _facts(summary).items()),
         "## Test accuracy": f"{markdown_table(summary) if _all_rows(summary) else 'No results yet.'}\n\n{RULE}",
-        "## Wall time": _pipes(("stage", "seconds"), seconds, ("---", "---:")),
+        "## Wall time": pipes(("stage", "seconds"), seconds, ("---", "---:")),
         "## Votes": f"The same for every class; at most {MAX_VOTES} image indices per IPC are listed.\n\n"
-        + _pipes(("IPC", "image index", "weights"), votes, ("---:", "---:", "---")),
+        + pipes(("IPC", "image index", "weights"), votes, ("---:", "---:", "---")),
         "## Pictures": "\n".join(f"- [{name}]({name})" for name in pictures) or "None yet.",
         "## Software": "\n".join(f"- {name} {version}" for name, version in summary.versions.items()),
     }
     return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items()) + "\n"
 
 
-def _pipes(header: tuple[str, ...], rows: list[tuple[str, ...]], align: tuple[str, ...]) -> str:
+def pipes(header: tuple[str, ...], rows: list[tuple[str, ...]], align: tuple[str, ...]) -> str:
     """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
@@ -146,5 +146,6 @@ def _percent(value: float | None) -> str:
     return "not there" if value is None else f"{value:.1f} %"
 
 
-def _spread(mean: float, std: float | None) -> str:
+def spread(mean: float, std: float | None) -> str:
+    """Return `mean ± std`, or the mean alone."""
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"

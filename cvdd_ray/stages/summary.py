@@ -17,7 +17,7 @@ from cvdd_ray.stages.evaluate import OURS, RESULTS
 from cvdd_ray.stages.pipeline import CONFIG
 from cvdd_ray.stages.relabel import BASELINE_LABELS, LABEL_SETS, LABELS
 from cvdd_ray.stages.synthesize import DISTILLED
-from cvdd_ray.stages.votes import PRIORS, needs_priors
+from cvdd_ray.stages.votes import PRIORS, needs_priors, priors_hash
 
 FOLDERS = ("pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate")
 TRAINING_SETS = {
@@ -181,11 +181,16 @@ class RunReader:
                     return True
             if name == "initialize" and content not in started:
                 return True
-            if name in self.manifests and content not in (self.manifests[name].content, "not used"):
+            if name == "prior" and content not in (self._priors_hash(), "not used"):
+                return True
+            if name != "prior" and name in self.manifests and content != self.manifests[name].content:
                 return True
             if name in self.manifests and self._is_outdated(name):
                 return True
         return False
+
+    def _priors_hash(self) -> str | None:
+        return priors_hash(json.loads(self.file("prior", PRIORS))["priors"]) if "prior" in self.manifests else None
 
     def _config(self) -> RunConfig | None:
         if self.store.exists(CONFIG):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from cvdd_ray.config import RunConfig
 from cvdd_ray.core.voting import voter_weights, voters_of_image
+from cvdd_ray.data.artifacts import sha256
 from cvdd_ray.stages.context import Run
 
 PRIORS = "priors.json"
@@ -18,14 +19,25 @@ def needs_priors(c: RunConfig) -> bool:
 
 
 def load_priors(run: Run) -> tuple[dict[str, float], str]:
-    """Return the prior of every expert in percent and the artifact's content hash; zeros where nothing depends on them.
+    """Return the prior of every expert in percent and a hash of the numbers; zeros where nothing depends on them.
 
-    Raises ArtifactError when the stage `prior` has not run.
+    Given and measured priors that are equal lead to the same artifacts.  Raises ArtifactError when the stage `prior` has
+    not run.
     """
     if not needs_priors(run.config):
         return dict.fromkeys(run.config.committee.experts, 0.0), "not used"
-    manifest = run.require("prior", "prior")
-    return json.loads(run.artifacts.read(manifest, PRIORS))["priors"], manifest.content
+    priors = read_priors(run)
+    return priors, priors_hash(priors)
+
+
+def read_priors(run: Run) -> dict[str, float]:
+    """Return what the stage `prior` found, in percent.  Raises ArtifactError when it has not run."""
+    return json.loads(run.artifacts.read(run.require("prior", "prior"), PRIORS))["priors"]
+
+
+def priors_hash(priors: Mapping[str, float]) -> str:
+    """Return the hash of priors as later stages depend on them: the numbers, not how they came about."""
+    return sha256(json.dumps(dict(sorted(priors.items()))).encode())
 
 
 def vote_of_image(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cvdd_ray.core.keys import generator, key
-from cvdd_ray.core.schedules import recover_lr, smoothed_cosine_lr
+from cvdd_ray.core.schedules import recover_lr, smoothed_cosine_lr, student_lr
 
 
 def test_a_key_depends_on_every_part_and_its_type():
@@ -67,3 +67,18 @@ def test_eta_one_ends_near_zero_and_eta_two_above_one_half():
     assert 0 < smoothed_cosine_lr(1.0, 299, 300, 1) < 3e-5
     assert min(smoothed_cosine_lr(1.0, e, 300, 2) for e in range(300)) > 0.5
     assert smoothed_cosine_lr(1.0, 10, 100, 1) == pytest.approx((1 + math.cos(math.pi / 10)) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "eta", "epoch", "multiplier"),
+    [("linear", 1, 0, 1.0), ("linear", 1, 75, 0.25), ("linear", 2, 100, 0.5), ("constant", 1, 60, 1.0),
+     ("cosine", 1, 50, 0.5)],
+)  # fmt: skip
+def test_kinds_of_schedules_by_hand(kind, eta, epoch, multiplier):
+    assert student_lr(kind, 0.02, epoch, 100, eta=eta) == pytest.approx(0.02 * multiplier, rel=1e-12)
+
+
+def test_warmup_climbs_in_equal_steps_and_the_schedule_has_the_rest():
+    rates = [student_lr("linear", 1.0, e, 14, eta=1.0, warmup_epochs=4) for e in range(14)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4:] == pytest.approx([1 - k / 10 for k in range(10)])

@@ -230,3 +230,71 @@ def test_a_manifest_cut_short_anywhere_is_refused(store):
         store.write(f"{PLAN.stage}/{MANIFEST}", content[:length])
         with pytest.raises(ArtifactError, match="damaged"):
             Artifacts(store).manifest(PLAN.stage)
+
+
+# --- variants side by side, and stages taken over ---------------------------------------------------------------------
+
+OTHER = replace(PLAN, settings={**PLAN.settings, "ipc": 2})
+
+
+def test_variants_lie_side_by_side_and_the_last_asked_for_is_the_one(store):
+    artifacts = Artifacts(store, variants=True)
+    assert artifacts.manifest(PLAN.stage) is None
+    one, two = commit(artifacts), commit(artifacts, OTHER, {"a.bin": b"2"})
+    assert artifacts.folder(one.identity) != artifacts.folder(two.identity)
+    assert artifacts.require(PLAN.stage, "synthesize") == two
+    assert artifacts.finished(PLAN) == one
+    assert artifacts.require(PLAN.stage, "synthesize") == one
+    assert (artifacts.read(one, "a.bin"), artifacts.read(two, "a.bin")) == (b"one", b"2")
+    assert artifacts.verify(two, "a.bin") == f"{artifacts.folder(two.identity)}/a.bin"
+    fresh = Artifacts(store, variants=True)  # another process: nothing is known until it is planned
+    assert fresh.manifest(PLAN.stage) is None
+    assert fresh.finished(OTHER) == two
+
+
+def test_an_altered_variant_is_refused_by_its_folder(store):
+    artifacts = Artifacts(store, variants=True)
+    made = commit(artifacts)
+    folder = artifacts.folder(made.identity)
+    store.write(f"{folder}/a.bin", b"other")
+    with pytest.raises(ArtifactError, match=f"remove the folder {folder}"):
+        artifacts.read(made, "a.bin")
+
+
+@pytest.mark.parametrize("variants_there", [False, True])
+@pytest.mark.parametrize("variants_here", [False, True])
+def test_a_finished_stage_is_taken_over_from_a_source(tmp_path, variants_there, variants_here):
+    there, here = Store(str(tmp_path / "there")), Store(str(tmp_path / "here"))
+    made = commit(Artifacts(there, variants=variants_there))
+    artifacts = Artifacts(here, variants=variants_here, sources=[there])
+    assert artifacts.finished(OTHER) is None
+    assert artifacts.finished(PLAN) == made
+    assert artifacts.read(made, "b.bin") == b"two"
+    alone = Artifacts(here, variants=variants_here)  # it is a stage of its own now
+    assert alone.finished(PLAN) == made
+
+
+def test_a_source_does_not_replace_what_is_there_unasked(tmp_path):
+    there, here = Store(str(tmp_path / "there")), Store(str(tmp_path / "here"))
+    commit(Artifacts(there))
+    commit(Artifacts(here), OTHER)
+    with pytest.raises(ArtifactError, match="ipc = 2, now asked for 1"):
+        Artifacts(here, sources=[there]).finished(PLAN)
+    assert Artifacts(here, overwrite=True, sources=[there]).finished(PLAN).identity["settings"]["ipc"] == 1
+
+
+def test_making_names_every_stage_in_one_order(store):
+    asked = []
+
+    def exclusive(keys):
+        asked.append(list(keys))
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+    artifacts = Artifacts(store, variants=True, exclusive=exclusive)
+    for plans in ((PLAN, OTHER), (OTHER, PLAN)):
+        with artifacts.making(*plans):
+            pass
+    assert asked[0] == asked[1] == sorted(asked[0])
+    assert len(set(asked[0])) == 2

@@ -12,7 +12,7 @@ from torch import nn
 
 from cvdd_ray.config import RelabelConfig, RunConfig
 from cvdd_ray.core.softlabels import Teacher, batch_views, committee_logits, epoch_plans
-from cvdd_ray.core.training import StudentSettings, train_student
+from cvdd_ray.core.students import StudentSettings, train_student
 from cvdd_ray.data.artifacts import Artifacts, StagePlan
 from cvdd_ray.data.datasets import DatasetInfo, normalize
 from cvdd_ray.data.imagesets import ImageSet, write_image_set

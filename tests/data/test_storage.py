@@ -176,3 +176,22 @@ def test_object_store(s3_store):
     assert store.names("s") == ["s/t.arrow"]
     with pytest.raises(ArtifactError, match=r"^s3://bucket/some/run/s/a is not there"):
         store.read("s/a")
+
+
+def test_taking_a_file_over_links_or_copies_it_whole(tmp_path, monkeypatch):
+    there, here = Store(str(tmp_path / "there")), Store(str(tmp_path / "here"))
+    there.write("a/b.bin", b"content")
+    here.take(there, "a/b.bin", "c/d.bin")
+    assert here.read("c/d.bin") == b"content"
+    there.write("a/b.bin", b"changed later")  # a new file under the name; the link keeps the old one
+    assert here.read("c/d.bin") == b"content"
+
+    def refuse(*args):
+        raise OSError("another disk")
+
+    monkeypatch.setattr(os, "link", refuse)
+    here.take(there, "a/b.bin", "c/e.bin")
+    assert here.read("c/e.bin") == b"changed later"
+    with pytest.raises(ArtifactError, match=r"nothing\.bin is not there"):
+        here.take(there, "nothing.bin", "c/f.bin")
+    assert here.names("c") == ["c/d.bin", "c/e.bin"]

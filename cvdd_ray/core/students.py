@@ -1,0 +1,166 @@
+"""Post-evaluation: a student trained from scratch on a labelled set, epoch by epoch (paper section 3.4, spec section 7).
+
+Legend: N images of the set, B images of a batch, C channels, K classes, S pixels.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cvdd_ray.core.keys import key
+from cvdd_ray.core.schedules import student_lr
+from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
+
+
+def kd_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    """Return KL(softmax(teacher/T) || softmax(student/T)), summed over classes, mean over the batch, no T squared
+    factor; its gradient is (q - p) / (T B).  Source: spec section 7."""
+    log_q = F.log_softmax(student_BK / temperature, 1)
+    log_p = F.log_softmax(teacher_BK / temperature, 1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return AdamW's parameter groups: decay on parameters named `weight` with more than one dimension, none elsewhere."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if "weight" in name and parameter.ndim > 1 else free).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """Numbers of the post-evaluation (spec section 7). `temperature` None: hard labels and cross-entropy. `phases`:
+    (first epoch, changed numbers) in rising order, for settings that change during the training."""
+
+    epochs: int
+    batch_size: int
+    bn_group: int
+    lr: float
+    weight_decay: float
+    eta: float
+    temperature: float | None
+    test_every: int
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+    phases: tuple[tuple[int, Mapping[str, float]], ...] = ()
+
+    def at(self, epoch: int) -> "StudentSettings":
+        """Return the numbers that hold in one epoch; hard labels know no temperature, in no phase."""
+        changes: dict[str, float] = {}
+        for first, changed in self.phases:
+            if first <= epoch:
+                changes |= changed
+        if self.temperature is None:
+            changes.pop("temperature", None)
+        return replace(self, phases=(), **changes)
+
+    def lr_at(self, epoch: int) -> float:
+        """Return the learning rate of one epoch; it steps once per epoch (decision 8)."""
+        now = self.at(epoch)
+        return student_lr(
+            now.schedule, now.lr, epoch, now.epochs, eta=now.eta, warmup_epochs=now.warmup_epochs
+        )  # fmt: skip
+
+    def is_tested(self, epoch: int) -> bool:
+        """Return whether the accuracy is taken after this epoch: every `test_every` epochs and after the last."""
+        return epoch % self.test_every == 0 or epoch == self.epochs - 1
+
+
+class StudentTraining:
+    """One student in training: the network, its optimiser, and the next epoch (0-based).
+
+    Its state can be saved after any epoch and loaded into a fresh one, which then goes on bit for bit: views come from
+    the labels, and what a network draws by itself (dropout) from (seed, epoch).
+    """
+
+    def __init__(self, student: nn.Module, images_NCHW: Tensor, settings: StudentSettings, seed: int):
+        self.student, self.next_epoch = student.to(memory_format=torch.channels_last), 0
+        self._images_NCHW, self._s, self._seed = images_NCHW, settings, seed
+        groups = adamw_groups(student, settings.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8)
+
+    def run_epoch(self, rows: Iterable[tuple[BatchPlan, Tensor]], settings: StudentSettings | None = None):
+        """Train one epoch on (plan, targets): logits_BK of the teachers, or labels_B with temperature None; return (mean
+        loss, train agreement in percent). `settings` replace those given at the start from this epoch on.
+
+        Each batch is cut into micro-batches of `bn_group` images, so that the student's BatchNorm sees the images the
+        teachers' saw; losses are divided by the number of groups of a whole batch (a short batch weighs less), one
+        AdamW step per batch.  Source: spec section 7, decisions 5-8.
+        """
+        self._s = settings or self._s
+        s, epoch = self._s.at(self.next_epoch), self.next_epoch
+        num_accumulated = len(group_sizes(s.batch_size, s.bn_group))
+        decayed, free = self._optimizer.param_groups
+        decayed["lr"] = free["lr"] = self._s.lr_at(epoch)
+        decayed["weight_decay"] = s.weight_decay
+        self.student.train()
+        loss_sum, agreed, seen = 0.0, 0, 0
+        device = self._images_NCHW.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(key(self._seed, "student-epoch", epoch))
+            for plan, targets in rows:
+                views_BCSS = batch_views(self._images_NCHW, plan).contiguous(memory_format=torch.channels_last)
+                sizes = group_sizes(len(views_BCSS), s.bn_group)
+                self._optimizer.zero_grad(set_to_none=True)
+                for micro_views, micro_targets in zip(views_BCSS.split(sizes), targets.split(sizes), strict=True):
+                    logits = self.student(micro_views)
+                    if s.temperature is None:
+                        loss, wanted = F.cross_entropy(logits, micro_targets), micro_targets
+                    else:
+                        loss, wanted = kd_loss(logits, micro_targets, s.temperature), micro_targets.argmax(1)
+                    (loss / num_accumulated).backward()
+                    loss_sum += float(loss.detach()) * len(logits)
+                    agreed += int((logits.argmax(1) == wanted).sum())
+                    seen += len(logits)
+                self._optimizer.step()
+        self.next_epoch += 1
+        return loss_sum / seen, 100.0 * agreed / seen
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything the next epoch depends on, as tensors by name (copies)."""
+        tensors = {f"model/{name}": value for name, value in self.student.state_dict().items()}
+        for index, moments in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
+        tensors["next_epoch"] = torch.tensor(self.next_epoch)
+        return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state()` of the same network."""
+        self.student.load_state_dict({n.removeprefix("model/"): v for n, v in state.items() if n.startswith("model/")})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer/"):
+                _, index, moment = name.split("/")
+                moments.setdefault(int(index), {})[moment] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.next_epoch = int(state["next_epoch"])
+
+
+def train_student(
+    student: nn.Module,
+    images_NCHW: Tensor,
+    epoch_batches: Callable[[int], Iterable[tuple[BatchPlan, Tensor]]],
+    settings: StudentSettings,
+    test: Callable[[nn.Module], float],
+    on_epoch: Callable[[int], None] = lambda epoch: None,
+    *,
+    seed: int = 0,
+) -> list[tuple[int, float, float, float]]:
+    """Train `student` in place and return rows (epoch, mean loss, train agreement in percent, test accuracy in percent).
+
+    `epoch_batches(epoch)` yields what StudentTraining.run_epoch takes. The test accuracy is taken every `test_every`
+    epochs and after the last (spec section 7, decision 8).
+    """
+    training = StudentTraining(student, images_NCHW, settings, seed)
+    curve = []
+    for epoch in range(settings.epochs):
+        loss, agreement = training.run_epoch(epoch_batches(epoch))
+        if settings.is_tested(epoch):
+            curve.append((epoch, loss, agreement, test(student)))
+        on_epoch(epoch)
+    return curve

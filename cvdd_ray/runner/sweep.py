@@ -1,0 +1,265 @@
+"""`cvdd sweep`: the shared stages, the trials under Ray Tune, the tables, and one final test of the winner."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import tune
+
+from cvdd_ray.config import RunConfig
+from cvdd_ray.data.artifacts import Artifacts, first_difference
+from cvdd_ray.data.sources import RealData
+from cvdd_ray.data.storage import Store
+from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
+from cvdd_ray.recipes import dump_config, with_settings
+from cvdd_ray.runner.cluster import connect, disconnect
+from cvdd_ray.runner.leases import lease_desk, leased
+from cvdd_ray.runner.runtime import RayRuntime, mendable
+from cvdd_ray.runner.search import LOGGERS, SCHEDULERS, SEARCHERS, param_space, perturb_epochs, quiet_tune
+from cvdd_ray.runner.sweepdisplay import DisplayCallback, SweepDisplay
+from cvdd_ray.runner.trainable import METRIC, trainable
+from cvdd_ray.stages.context import Progress, Run, Silent
+from cvdd_ray.stages.evaluate import OURS, evaluate
+from cvdd_ray.stages.evaluate import RESULTS as TEST_RESULTS
+from cvdd_ray.stages.pipeline import check
+from cvdd_ray.stages.runtime import LocalRuntime, Runtime
+from cvdd_ray.stages.sweepreport import best_yaml, write_sweep_report
+from cvdd_ray.stages.sweepsummary import (
+    BEST,
+    FINAL,
+    RESULTS,
+    SWEEP,
+    TRIALS,
+    default_point,
+    is_sweep,
+    read_sweep,
+    read_sweep_config,
+    results_table,
+    trial_run_config,
+)
+from cvdd_ray.stages.trial import prepare, untouched_stages, with_history
+from cvdd_ray.sweepconfig import SweepConfig, named
+
+TUNE = "tune"  # Tune's own folder: trial storage, TensorBoard files
+
+
+def sweep(
+    config: SweepConfig,
+    out: str,
+    *,
+    reuse: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    verbose: bool = False,
+) -> tune.ResultGrid:
+    """Run a sweep below `out`, or continue the one that is there, and return Tune's results.
+
+    Stages that no swept setting changes are made once, before the trials; finished stages of other runs or sweeps named in
+    `reuse` are taken over where they are the same. Results: results.parquet, best.yaml, final.json, report/.
+
+    Raises ConfigError for settings that cannot work (before anything starts), ArtifactError when `out` holds another
+    sweep and `overwrite` is off, and the first trial's error when all trials fail.
+    """
+    progress = progress or Silent()
+    store = Store(out)
+    base = config.run_config()
+    first = Run(base, Artifacts(store, variants=True), progress=progress)
+    _refuse_another(config, store, overwrite)
+    check(first)
+    _check_points(config, first)
+    callbacks = [DisplayCallback(), *(LOGGERS[name](f"cvdd-{Path(out).name}") for name in config.sweep.loggers)]
+    searcher, scheduler = SEARCHERS[config.sweep.search](config), SCHEDULERS[config.sweep.scheduler](config)
+    owns_ray = connect(config.runtime)
+    runtime: Runtime | None = None
+    try:
+        if not verbose:
+            quiet_tune()
+            os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output prints boxes however quiet it is asked to be
+        desk = lease_desk(store)
+        artifacts = Artifacts(
+            store, variants=True, sources=[Store(root) for root in reuse], exclusive=partial(leased, desk)
+        )
+        runtime = RayRuntime(config.runtime) if config.runtime.engine == "ray" else LocalRuntime()
+        run_of = partial(_run_of, artifacts=artifacts, base=base, runtime=runtime, progress=progress, real=first.real)
+        store.write(SWEEP, dump_config(_without_place(config)).encode())
+        prepare(run_of, base, {}, untouched_stages(list(config.sweep.space)))
+        if isinstance(runtime, RayRuntime):
+            runtime.release()  # trials need what the experts hold
+
+        keep_last = config.sweep.scheduler == "pbt"
+        function = trainable(
+            base, store.root, seeds=config.sweep.seeds, report_every=config.sweep.report_every,
+            checkpoint_every=perturb_epochs(config) if keep_last else config.sweep.checkpoint_every,
+            space=config.sweep.space, reuse=reuse, real=_for_trials(first.real),
+            gpus_per_trial=config.sweep.gpus_per_trial, workers_per_trial=config.sweep.workers_per_trial,
+            keep_last=keep_last,
+        )  # fmt: skip
+        results = _run_trials(config, store, function, searcher, scheduler, callbacks, progress, verbose)
+        _write_results(config, store, results)
+        _final_test(config, store, partial(run_of, progress=OnlyWork(progress)))
+        write_sweep_report(store)
+        return results
+    finally:
+        if runtime is not None:
+            runtime.close()
+        disconnect(owns_ray)
+
+
+class OnlyWork:
+    """Progress of work alone: what is already there is not said again."""
+
+    def __init__(self, progress: Progress):
+        self.start, self.update, self.finish = progress.start, progress.update, progress.finish
+
+    def say(self, text: str) -> None: ...
+
+
+def _refuse_another(config: SweepConfig, store: Store, overwrite: bool) -> None:
+    """Raise ArtifactError when the directory holds a sweep with other settings; with `overwrite` drop its trials (its
+    stages stay: they are used where they fit)."""
+    if not is_sweep(store):
+        return
+    there, wanted = (
+        _without_place(c).model_dump(mode="json", exclude={"runtime"}) for c in (read_sweep_config(store), config)
+    )
+    difference = first_difference(there, wanted)
+    if difference and not overwrite:
+        where, old, new = difference
+        raise ArtifactError(
+            f"{store.display(SWEEP)} has {where} = {old}, now asked for {new}; choose another --out, or pass --overwrite "
+            f"to drop its trials"
+        )
+    if overwrite:
+        for folder in (TUNE, TRIALS, "report"):
+            store.delete_folder(folder)
+        for name in (RESULTS, BEST, FINAL, SWEEP):
+            store.delete(name)
+
+
+def _without_place(config: SweepConfig) -> SweepConfig:
+    """Return the sweep without where it runs and where it lies."""
+    runtime = config.runtime.model_copy(update={"address": None})
+    return config.model_copy(update={"runtime": runtime, "storage": type(config.storage)()})
+
+
+def _check_points(config: SweepConfig, first: Run) -> None:
+    """Raise ConfigError for listed values whose run cannot work with this data: networks, teachers, voters, IPC."""
+    for key, domain in config.sweep.space.items():
+        for value in domain.values or ():
+            changed = config.trial_config({key: value})
+            if (changed.data, changed.seed) != (first.config.data, first.config.seed):
+                continue  # other data is only read by the trials that need it
+            try:
+                check(Run(changed, first.artifacts, real=first.real))
+            except CvddError as error:
+                raise type(error)(f"sweep.space, at {named({key: value})}: {error}") from None
+
+
+def _run_of(config: RunConfig, *, artifacts, base, runtime, progress, real) -> Run:
+    same = (config.data, config.seed) == (base.data, base.seed)
+    return Run(config, artifacts, runtime=runtime, progress=progress, real=real if same else None)
+
+
+def _for_trials(real: RealData) -> RealData:
+    """Return the real data without its test images: no trial can see them."""
+    return replace(real, test=real.test.subset(np.arange(0)))
+
+
+def _run_trials(
+    config: SweepConfig, store: Store, function: Callable, searcher, scheduler, callbacks, progress: Progress, verbose: bool
+) -> tune.ResultGrid:  # fmt: skip
+    """Run the trials, or what is left of them; raises KeyboardInterrupt after Ctrl-C, when their state has been saved."""
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the data stay what they are
+    filesystem, root = (None, store.root) if store.is_local else store.filesystem
+    there = f"{root.rstrip('/')}/{TUNE}"
+    display = DisplayCallback.current = SweepDisplay(progress, config.num_trials())
+    progress.start("sweep", config.num_trials(), "trials")
+    if tune.Tuner.can_restore(there, storage_filesystem=filesystem):
+        tuner = tune.Tuner.restore(there, trainable=function, resume_errored=True, storage_filesystem=filesystem)
+    else:
+        c = config.sweep
+        tuner = tune.Tuner(
+            function,
+            param_space=param_space(config),
+            tune_config=tune.TuneConfig(
+                metric=METRIC, mode="max", search_alg=searcher, scheduler=scheduler, num_samples=c.num_trials or 1,
+                reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=TUNE, storage_path=root, storage_filesystem=filesystem, verbose=2 if verbose else 0,
+                callbacks=callbacks, checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                failure_config=tune.FailureConfig(max_failures=c.max_failures),
+            ),
+        )  # fmt: skip
+    results = tuner.fit()
+    if display.was_interrupted:
+        raise KeyboardInterrupt
+    progress.finish(display.note())
+    return results
+
+
+def _write_results(config: SweepConfig, store: Store, results: tune.ResultGrid) -> None:
+    """Write results.parquet from Tune's results.  Raises the first trial's error when no trial has finished."""
+    rows = [row for result in results for row in _rows(config, result)]
+    if not any(row["state"] == "finished" for row in rows):
+        errors = [mendable(result.error) for result in results if result.error]
+        if not errors:
+            raise ConfigError(
+                "sweep: no trial reached its last epoch; lower sweep.reduction_factor or use scheduler fifo"
+            )
+        raise errors[0]
+    store.write(RESULTS, results_table(config, rows))
+
+
+def _rows(config: SweepConfig, result: Any) -> list[dict[str, Any]]:
+    """Return one row per measured epoch of a trial; an epoch measured again after a restart counts once, the last time."""
+    frame = result.metrics_dataframe
+    found = {int(m["epoch"]): m for m in frame.to_dict("records")} if frame is not None and "epoch" in frame else {}
+    last = max(found, default=0)
+    epochs = int(found[last]["epochs"]) if found else 0
+    state = "failed" if result.error else "finished" if last == epochs else "stopped"
+    about = {"trial": Path(result.path).name, "state": state, "epochs": epochs, "point": result.config}
+    if not found:
+        nothing = ("holdout_accuracy", "holdout_std", "train_loss", "train_agreement", "lr", "seconds", "history")
+        return [{**about, **dict.fromkeys(nothing), "epoch": 0, "holdout_accuracies": []}]
+    return [
+        {
+            **about,
+            **{name: m[name] for name in ("holdout_accuracy", "holdout_std", "train_loss", "train_agreement", "lr")},
+            "epoch": epoch,
+            "holdout_accuracies": [m[f"holdout_accuracy_{seed}"] for seed in range(config.sweep.seeds)],
+            "seconds": m["time_total_s"],
+            "history": m["history"],
+        }
+        for epoch, m in sorted(found.items())
+    ]
+
+
+def _final_test(config: SweepConfig, store: Store, run_of: Callable[[RunConfig], Run]) -> None:
+    """Write best.yaml, and test fresh students of the winner and of the unchanged run, side by side."""
+    summary, c = read_sweep(store), config.sweep
+    winner = summary.winner
+    best = with_history(trial_run_config(store, winner.name), winner.history)
+    fresh = {"seeds": c.final_seeds or config.evaluate.seeds, "first_seed": c.seeds}
+    dropped = {"eval_labels"} if best.relabel.batchnorm == "eval" else set()
+    shown = [name for name in config.evaluate.baselines if name not in dropped]
+    store.write(BEST, best_yaml(summary, with_settings(best, {"evaluate": {**fresh, "baselines": shown}})).encode())
+    if not c.final_seeds:
+        return
+    rows = []
+    for name, point, run_config in (
+        ("winner", winner.point, best), ("default", default_point(config), config.run_config()),
+    ):  # fmt: skip
+        run, _ = prepare(run_of, with_settings(run_config, {"evaluate": fresh}), {})
+        ipc = run_config.ipc[0]
+        evaluate(run, ipc)
+        table = json.loads(run.artifacts.read(run.require(f"evaluate/ipc{ipc}", "evaluate"), TEST_RESULTS))["table"]
+        row = next(row for row in table if row["arm"] == OURS)
+        kept = ("last_mean", "last_std", "best_mean", "best_std", "seeds")
+        rows.append({"name": name, "point": dict(point), **{key: row[key] for key in kept}})
+    store.write(FINAL, json.dumps(rows, indent=1).encode())

@@ -1,0 +1,139 @@
+"""A trial of a sweep as a Ray Tune trainable, for `cvdd sweep` and for anyone's own Tuner."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from cvdd_ray.config import RunConfig
+from cvdd_ray.core.experts import prepare_torch
+from cvdd_ray.data.artifacts import Artifacts
+from cvdd_ray.data.sources import RealData
+from cvdd_ray.data.storage import Store
+from cvdd_ray.runner.cluster import task_share, worker_bundles
+from cvdd_ray.runner.leases import lease_desk, leased
+from cvdd_ray.space import Space
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.trial import FIRST_STAGE, Measurement, TrialStudents, prepare, run_trial
+from cvdd_ray.sweepconfig import settings_of
+
+METRIC = "holdout_accuracy"
+STATE = "students.safetensors"
+TRIALS = "trials"
+
+
+def trainable(
+    config: RunConfig,
+    out: str,
+    *,
+    seeds: int = 1,
+    report_every: int = 1,
+    checkpoint_every: int = 10,
+    space: Space | None = None,
+    reuse: Sequence[str] = (),
+    real: RealData | None = None,
+    gpus_per_trial: float | None = None,
+    workers_per_trial: int = 1,
+    keep_last: bool = False,
+) -> Callable:
+    """Return a Tune trainable that measures this run with the dotted settings of a trial's `config` changed.
+
+    It makes the stages a trial needs (below `out`, shared by all trials), trains `seeds` students side by side and
+    reports `holdout_accuracy` (percent, mean over the students; never the test set), `epoch` and more every
+    `report_every` epochs, with a checkpoint every `checkpoint_every`. The config must have one IPC and one student, and
+    every stage lies in `out` once: give trials that need new experts `workers_per_trial` places for their actors.
+
+        tuner = tune.Tuner(
+            cvdd_ray.trainable(config, "runs/mine"),
+            param_space={"evaluate.temperature": tune.grid_search([4, 20])},
+            tune_config=tune.TuneConfig(metric="holdout_accuracy", mode="max"),
+        )
+    """
+    c, space = config.runtime, space or {}
+
+    def cvdd_trial(point: dict[str, Any], real: RealData | None = None) -> None:
+        prepare_torch(c.threads_per_actor)
+        values = settings_of(space, point)
+        store = Store(out)
+        desk = lease_desk(store)
+        artifacts = Artifacts(
+            store, variants=True, sources=[Store(root) for root in reuse], exclusive=partial(leased, desk)
+        )
+        opened: list[Run] = []
+        try:
+            run, used = prepare(lambda c: _open(opened, c, artifacts, config, real), config, values)
+            about = {
+                "values": point,
+                "stages": {stage: artifacts.folder(manifest.identity) for stage, manifest in used.items()},
+                "config": run.config.model_dump(mode="json"),
+            }
+            store.write(f"{TRIALS}/{tune.get_context().get_trial_id()}.json", json.dumps(about, indent=1).encode())
+            students = TrialStudents(run, seeds)
+        finally:
+            for one in opened:
+                one.close()
+        if checkpoint := tune.get_checkpoint():
+            with checkpoint.as_directory() as folder:
+                students.load(Path(folder, STATE).read_bytes())
+        run_trial(students, _report, report_every=report_every, checkpoint_every=checkpoint_every, keep_last=keep_last)
+
+    function = cvdd_trial if real is None else tune.with_parameters(cvdd_trial, real=real)
+    return tune.with_resources(function, lambda point: placement(config, point, gpus_per_trial, workers_per_trial))
+
+
+def placement(
+    config: RunConfig, point: Mapping[str, Any], gpus_per_trial: float | None, workers_per_trial: int
+) -> tune.PlacementGroupFactory:
+    """Return what a trial asks of the cluster.
+
+    Trials that differ in post-evaluation alone: one bundle, by default a quarter of a GPU, so that small students share
+    one. Trials that make stages anew: a place for the students, and `workers_per_trial` bundles for expert actors and
+    tasks; without GPUs the students need no core of their own, since they and the actors never work at once.
+    """
+    c = config.runtime
+    share = task_share(c)
+    gpus = share.num_gpus if gpus_per_trial is None else gpus_per_trial
+    alone = _bundle(share.num_cpus, gpus)
+    only_evaluates = all(FIRST_STAGE.get(key.split(".")[0]) == "evaluate" for key in point)
+    if only_evaluates or c.engine == "local":
+        return tune.PlacementGroupFactory([alone])
+    worker = _bundle(share.num_cpus, math.ceil(gpus) if c.gpus_per_actor != 0 else 0)
+    return tune.PlacementGroupFactory([_bundle(0, gpus), *[worker] * workers_per_trial])
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+
+
+def _open(opened: list[Run], config: RunConfig, artifacts: Artifacts, base: RunConfig, real: RealData | None) -> Run:
+    """Return the run of a configuration inside a trial, with the real data of the sweep where it is the same."""
+    same_data = (config.data, config.seed) == (base.data, base.seed)
+    run = Run(config, artifacts, start=lambda: _runtime(config), real=real if same_data else None)
+    opened.append(run)
+    return run
+
+
+def _runtime(config: RunConfig):
+    """Return what runs a trial's stages: actors in the trial's own places, or this process where it has none."""
+    if not worker_bundles():
+        from cvdd_ray.stages.runtime import LocalRuntime
+
+        return LocalRuntime(config.runtime.threads_per_actor)
+    from cvdd_ray.runner.runtime import RayRuntime
+
+    return RayRuntime(config.runtime)
+
+
+def _report(measured: Measurement, state: bytes | None) -> None:
+    """Tell Tune; this may not return, when the scheduler ends the trial."""
+    if state is None:
+        tune.report(measured.metrics())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, STATE).write_bytes(state)
+        tune.report(measured.metrics(), checkpoint=tune.Checkpoint.from_directory(folder))
