@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cvdd_ray import cli
 from cvdd_ray.recipes import dump_config
 
-VERBS = ["run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "show", "recipes", "schema"]
+REPOSITORY = Path(__file__).parent.parent
+VERBS = [
+    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "show", "recipes", "schema",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -80,6 +84,9 @@ def test_recipes_and_schema(cvdd):
     code, out, _ = cvdd("schema")
     assert code == 0
     assert json.loads(out)["properties"]["synthesize"]
+    code, out, _ = cvdd("schema", "--sweep")
+    assert code == 0
+    assert json.loads(out)["properties"]["sweep"]
 
 
 BAD = [
@@ -95,6 +102,13 @@ BAD = [
     (["run", "digits-demo", "--set", "committee.weights={resnet18: /no/weights.pth}"], "/no/weights.pth"),
     (["run", "digits-demo", "--set", "initialize.observer=vgg"], "initialize.observer"),
     (["run", "digits-demo", "--set", "prior.method=given"], "prior.values"),
+    (["run", "tune_configs/temperature.yaml"], "run it with `cvdd sweep`"),
+    (["sweep", "digits-demo"], "sweep: is missing"),
+    (["sweep", "nope.yaml"], "neither packaged nor a file"),
+    (["sweep", "tune_configs/demo.yaml", "--set", "sweep.schedular=asha"], "did you mean 'scheduler'"),
+    (["sweep", "tune_configs/demo.yaml", "--base", "nope"], "neither packaged nor a file"),
+    (["sweep", "tune_configs/temperature.yaml", "--base", "cifar10-cpu", "--set", "data.path=/no/such"], "/no/such"),
+    (["sweep", "tune_configs/demo.yaml", "--reuse"], "--reuse"),
     (["synthesize"], "give a recipe"),
     (["run"], "RECIPE_OR_YAML"),
     (["fly"], "fly"),
@@ -107,9 +121,10 @@ BAD = [
 @pytest.mark.parametrize(
     ("words", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_bad_input_is_one_clear_line_and_nothing_is_written(cvdd, words, message, tmp_path):
+def test_bad_input_is_one_clear_line_and_nothing_is_written(cvdd, words, message, tmp_path, monkeypatch):
     out_dir = tmp_path / "out"
-    if words[0] == "run" and len(words) > 1 and "--speed" not in words:
+    monkeypatch.chdir(REPOSITORY)
+    if words[0] in ("run", "sweep") and len(words) > 1 and "--reuse" not in words and "--speed" not in words:
         words = [*words, "--out", str(out_dir), "--set", "runtime.engine=local"]
     code, _, err = cvdd(*words)
     assert code == 2, err

@@ -56,7 +56,7 @@ def test_a_mapping_changes_several_settings_of_a_section(tmp_path):
 def test_another_base_takes_the_place_of_the_files_own():
     config = load_sweep(str(TUNE_CONFIGS[0].parent / "temperature.yaml"), base="digits-demo")
     assert config.data.source == "digits"
-    assert config.num_trials() == 6
+    assert config.num_trials() == 5
 
 
 def test_grids_and_trials_multiply(tmp_path):

@@ -105,6 +105,11 @@ class Store:
             Path(temporary).unlink(missing_ok=True)
 
     @property
+    def has_secrets(self) -> bool:
+        """Whether the root itself carries credentials."""
+        return _without_secrets(self.root) != self.root.split("?")[0]
+
+    @property
     def filesystem(self) -> tuple[fs.FileSystem, str]:
         """The pyarrow file system this store is on, and the path of its root there."""
         return self._fs, self._base

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -79,14 +80,15 @@ def _wandb(project: str) -> Any:
     require_extra("wandb", "sweep.loggers")
     from ray.air.integrations.wandb import WandbLoggerCallback
 
-    return WandbLoggerCallback(project=project)
+    here = {"mode": os.environ.get("WANDB_MODE"), "dir": os.environ.get("WANDB_DIR")}  # its actor may live elsewhere
+    return WandbLoggerCallback(project=project, **{name: value for name, value in here.items() if value})
 
 
 def _mlflow(project: str) -> Any:
     require_extra("mlflow", "sweep.loggers")
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    return MLflowLoggerCallback(experiment_name=project)
+    return MLflowLoggerCallback(experiment_name=project)  # the server of MLFLOW_TRACKING_URI, or ./mlruns
 
 
 LOGGERS: dict[str, Callable[[str], Any]] = {"wandb": _wandb, "mlflow": _mlflow}

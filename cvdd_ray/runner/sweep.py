@@ -67,6 +67,11 @@ def sweep(
     """
     progress = progress or Silent()
     store = Store(out)
+    if store.has_secrets:
+        raise ConfigError(
+            f"out: {store.display('').rstrip('/')} was given with credentials, which would end up in Ray Tune's files; leave "
+            f"them to the standard chain (AWS_ACCESS_KEY_ID, profiles, roles)"
+        )
     base = config.run_config()
     first = Run(base, Artifacts(store, variants=True), progress=progress)
     _refuse_another(config, store, overwrite)
@@ -79,7 +84,9 @@ def sweep(
     try:
         if not verbose:
             quiet_tune()
-            os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output prints boxes however quiet it is asked to be
+            os.environ.setdefault(
+                "RAY_AIR_NEW_OUTPUT", "0"
+            )  # the newer output prints boxes however quiet it is asked to be
         desk = lease_desk(store)
         artifacts = Artifacts(
             store, variants=True, sources=[Store(root) for root in reuse], exclusive=partial(leased, desk)

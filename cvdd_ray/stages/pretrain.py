@@ -64,6 +64,11 @@ def _train_missing(run: Run, plans: Mapping[str, StagePlan], given: Mapping[str,
     )
     shares = dict.fromkeys(items, 0.0)
     notes: dict[str, str] = {}
+    if c.pretrain.precision == "bfloat16" and has_slow_bfloat16():
+        run.progress.say(
+            "pretrain: this machine emulates bfloat16, several times slower than float32; consider "
+            "--set pretrain.precision=float32"
+        )
     run.progress.start("pretrain", len(items), "experts")
 
     def on_report(name: str, report: dict) -> None:
@@ -78,6 +83,11 @@ def _train_missing(run: Run, plans: Mapping[str, StagePlan], given: Mapping[str,
         run.progress.say(f"pretrain {name}: {holdout_accuracy:.1f} % on the hold-out after {wall_s:.0f} s")
         run.progress.update(sum(shares.values()), "  ".join(notes.values()))
     run.progress.finish()
+
+
+def has_slow_bfloat16() -> bool:
+    """Return whether this machine has neither a GPU nor a CPU with bfloat16 instructions."""
+    return not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
 
 
 def check_networks(run: Run) -> None:

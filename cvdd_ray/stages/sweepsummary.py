@@ -162,10 +162,9 @@ def read_sweep(store: Store) -> SweepSummary:
         raise ArtifactError(
             f"{store.display(RESULTS)} is damaged ({type(error).__name__}); run the same `cvdd sweep` again"
         ) from None
-    final = json.loads(store.read(FINAL)) if store.exists(FINAL) else []
-    return SweepSummary(
-        store.display("").rstrip("/"), c, default_point(c), trials, stage_uses(store, [trial.name for trial in trials]), tuple(FinalTest(**row) for row in final)
-    )  # fmt: skip
+    uses = stage_uses(store, [trial.name for trial in trials])
+    final = tuple(FinalTest(**row) for row in json.loads(store.read(FINAL))) if store.exists(FINAL) else ()
+    return SweepSummary(store.display("").rstrip("/"), c, default_point(c), trials, uses, final)
 
 
 def trial_files(store: Store) -> dict[str, dict[str, Any]]:
