@@ -151,14 +151,14 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
     config = load_config(recipe, changes) if recipe else _config_of(out, changes)
     folder = out or config.storage.out or str(Path("runs") / Path(recipe).stem)
 
-    from cvdd_ray.data.artifacts import Artifacts
+    from cvdd_ray.data.artifacts import Artifacts, source_stores
     from cvdd_ray.data.storage import Store
     from cvdd_ray.runner.progress import LiveProgress
     from cvdd_ray.stages.context import Run
     from cvdd_ray.stages.pipeline import STAGES, check, remember, run_all
 
     progress = LiveProgress()
-    artifacts = Artifacts(Store(folder), overwrite, sources=[Store(root) for root in reuse])
+    artifacts = Artifacts(Store(folder), overwrite, sources=source_stores(reuse))
     run = Run(config, artifacts, progress=progress)
     try:
         check(run)

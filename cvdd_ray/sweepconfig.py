@@ -35,8 +35,9 @@ class SearchConfig(Section):
     """Students per trial, trained side by side; the metric is their mean accuracy on the hold-out."""
     report_every: Positive = 1
     """Epochs between two measurements on the hold-out; the last epoch is always measured."""
-    checkpoint_every: Positive = 10
-    """Epochs between two checkpoints of a trial; an interrupted one goes on from the last."""
+    checkpoint_every: Positive | None = None
+    """Epochs between two checkpoints of a trial, which goes on from the last after an interruption; None: 10 (`pbt`
+    has one at every `perturb_epochs`)."""
     final_seeds: Annotated[int, Field(ge=0)] = 3
     """Fresh students of the winner, and of the unchanged run, that are tested at the end; 0: no test."""
     max_concurrent: Positive | None = None
@@ -82,6 +83,8 @@ class SearchConfig(Section):
         if self.scheduler == "asha" and epochs:
             raise ValueError(f"scheduler 'asha' compares trials at equal epochs; {epochs[0]} cannot be swept with it")
         if self.scheduler == "pbt":
+            if self.checkpoint_every is not None:
+                raise ValueError("checkpoint_every has no effect with scheduler 'pbt'; set perturb_epochs")
             fixed = [key for key in self.space if key not in MUTABLE]
             if fixed:
                 raise ValueError(

@@ -109,6 +109,8 @@ BAD = [
     (["sweep", "tune_configs/demo.yaml", "--base", "nope"], "neither packaged nor a file"),
     (["sweep", "tune_configs/temperature.yaml", "--base", "cifar10-cpu", "--set", "data.path=/no/such"], "/no/such"),
     (["sweep", "tune_configs/demo.yaml", "--reuse"], "--reuse"),
+    (["sweep", "tune_configs/demo.yaml", "--reuse=/no/such/run"], "/no/such/run has no finished stage"),
+    (["run", "digits-demo", "--reuse=/no/such/run"], "/no/such/run has no finished stage"),
     (["synthesize"], "give a recipe"),
     (["run"], "RECIPE_OR_YAML"),
     (["fly"], "fly"),

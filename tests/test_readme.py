@@ -10,6 +10,7 @@ import typer
 import cvdd_ray
 from cvdd_ray import cli
 from cvdd_ray.recipes import load_config
+from cvdd_ray.sweepconfig import load_sweep
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -41,19 +42,21 @@ def test_every_cvdd_command_is_accepted(words):
     given = verb.make_context(words[1], list(words[2:])).params
     if given.get("recipe"):
         load_config(given["recipe"], given["set_"] or [])
+    if given.get("file"):
+        load_sweep(given["file"], given["set_"] or [], base=given["base"])
 
 
 def test_every_verb_of_the_table_exists_and_none_is_missing():
     rows = re.findall(r"^\| `cvdd (.*?)\|", README, re.M)
     named = set(
         re.findall(
-            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|show|recipes|schema)\b", " ".join(rows)
+            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|show|recipes|schema)\b", " ".join(rows)
         )
     )
     assert named == set(typer.main.get_command(cli.app).commands)
 
 
-def test_the_library_example_runs(make_config, tmp_path, monkeypatch):
+def test_the_library_example_runs(make_config, tmp_path, monkeypatch, ray_runtime):
     """The Python blocks, word for word but for the size of the run and where it goes."""
     real = cvdd_ray.load_config
 
@@ -80,3 +83,15 @@ def test_every_file_of_the_tree_exists_and_none_is_missing():
 def test_recipes_named_in_the_text_exist():
     for name in re.findall(r"cvdd run ([a-z0-9-]+)", README):
         load_config(name)
+
+
+def test_the_sweep_example_loads(tmp_path):
+    for block in blocks("yaml"):
+        (tmp_path / "sweep.yaml").write_text(block)
+        assert load_sweep(str(tmp_path / "sweep.yaml")).num_trials() == 50
+
+
+def test_the_sweep_files_of_the_table_exist_and_none_is_missing():
+    table = README.split("| file | what it answers |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`([a-z_]+)`", table))
+    assert named == {path.stem for path in (REPOSITORY / "tune_configs").glob("*.yaml")}

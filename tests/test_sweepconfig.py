@@ -91,6 +91,9 @@ BAD = {
         r"changes running students",
     ),
     "pbt of a grid": ({"space": T, "scheduler": "pbt"}, r"needs search 'random'"),
+    "pbt has its own checkpoints": (
+        {"space": DRAWN, "search": "random", "num_trials": 4, "scheduler": "pbt", "checkpoint_every": 5}, r"no effect",
+    ),
     "twice": ({"space": {"evaluate": {"grid": [{"eta": 1}]}, "evaluate.eta": {"grid": [1]}}}, r"also changed by"),
     "unknown option": ({"space": T, "schedular": "asha"}, r"sweep\.schedular: unknown key; did you mean 'scheduler'"),
     "unknown kind": ({"space": {"evaluate.lr": {"grd": [1]}}}, r"grd: unknown key; did you mean 'grid'"),

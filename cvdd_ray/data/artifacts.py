@@ -185,6 +185,18 @@ class Artifacts:
         return None
 
 
+def source_stores(roots: Sequence[str]) -> list[Store]:
+    """Return the stores of runs or sweeps whose stages are to be taken over.  Raises ArtifactError for one without any."""
+    stores = [Store(root) for root in roots]
+    for store in stores:
+        if not any(store.names(folder) for folder in ("pretrain", "stages")):
+            raise ArtifactError(
+                f"--reuse: {store.display('').rstrip('/')} has no finished stage to take over; give the directory of a run or "
+                f"a sweep"
+            )
+    return stores
+
+
 def variant_folder(identity: Mapping[str, Any]) -> str:
     """Return where a sweep keeps the variant of a stage with this identity."""
     return f"stages/{identity['stage']}/{_fingerprint(identity)[:16]}"

@@ -95,6 +95,7 @@ LOGGERS: dict[str, Callable[[str], Any]] = {"wandb": _wandb, "mlflow": _mlflow}
 
 
 def quiet_tune() -> None:
-    """Leave only what goes wrong of what Tune and its searchers say on stderr."""
+    """Keep Tune from speaking: what a trial died of is in the results, progress is shown by the sweep itself."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output prints boxes however quiet it is asked to be
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

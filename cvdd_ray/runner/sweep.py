@@ -12,7 +12,7 @@ import numpy as np
 from ray import tune
 
 from cvdd_ray.config import RunConfig
-from cvdd_ray.data.artifacts import Artifacts, first_difference
+from cvdd_ray.data.artifacts import Artifacts, first_difference, source_stores
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
@@ -45,6 +45,7 @@ from cvdd_ray.stages.sweepsummary import (
 from cvdd_ray.stages.trial import prepare, untouched_stages, with_history
 from cvdd_ray.sweepconfig import SweepConfig, named
 
+CHECKPOINT_EVERY = 10  # epochs
 TUNE = "tune"  # Tune's own folder: trial storage, TensorBoard files
 
 
@@ -66,7 +67,7 @@ def sweep(
     sweep and `overwrite` is off, and the first trial's error when all trials fail.
     """
     progress = progress or Silent()
-    store = Store(out)
+    store, sources = Store(out), source_stores(reuse)
     if store.has_secrets:
         raise ConfigError(
             f"out: {store.display('').rstrip('/')} was given with credentials, which would end up in Ray Tune's files; leave "
@@ -78,35 +79,23 @@ def sweep(
     check(first)
     _check_points(config, first)
     callbacks = [DisplayCallback(), *(LOGGERS[name](f"cvdd-{Path(out).name}") for name in config.sweep.loggers)]
-    searcher, scheduler = SEARCHERS[config.sweep.search](config), SCHEDULERS[config.sweep.scheduler](config)
+    machinery = SEARCHERS[config.sweep.search](config), SCHEDULERS[config.sweep.scheduler](config), callbacks
+    if overwrite:
+        _drop_trials(store)
     owns_ray = connect(config.runtime)
     runtime: Runtime | None = None
     try:
         if not verbose:
             quiet_tune()
-            os.environ.setdefault(
-                "RAY_AIR_NEW_OUTPUT", "0"
-            )  # the newer output prints boxes however quiet it is asked to be
-        desk = lease_desk(store)
-        artifacts = Artifacts(
-            store, variants=True, sources=[Store(root) for root in reuse], exclusive=partial(leased, desk)
-        )
         runtime = RayRuntime(config.runtime) if config.runtime.engine == "ray" else LocalRuntime()
+        artifacts = Artifacts(store, variants=True, sources=sources, exclusive=partial(leased, lease_desk(store)))
         run_of = partial(_run_of, artifacts=artifacts, base=base, runtime=runtime, progress=progress, real=first.real)
         store.write(SWEEP, dump_config(_without_place(config)).encode())
         prepare(run_of, base, {}, untouched_stages(list(config.sweep.space)))
         if isinstance(runtime, RayRuntime):
             runtime.release()  # trials need what the experts hold
-
-        keep_last = config.sweep.scheduler == "pbt"
-        function = trainable(
-            base, store.root, seeds=config.sweep.seeds, report_every=config.sweep.report_every,
-            checkpoint_every=perturb_epochs(config) if keep_last else config.sweep.checkpoint_every,
-            space=config.sweep.space, reuse=reuse, real=_for_trials(first.real),
-            gpus_per_trial=config.sweep.gpus_per_trial, workers_per_trial=config.sweep.workers_per_trial,
-            keep_last=keep_last,
-        )  # fmt: skip
-        results = _run_trials(config, store, function, searcher, scheduler, callbacks, progress, verbose)
+        function = _trainable(config, base, store, [source.root for source in sources], first.real)
+        results = _run_trials(config, store, function, machinery, progress, verbose)
         _write_results(config, store, results)
         _final_test(config, store, partial(run_of, progress=OnlyWork(progress)))
         write_sweep_report(store)
@@ -127,25 +116,26 @@ class OnlyWork:
 
 
 def _refuse_another(config: SweepConfig, store: Store, overwrite: bool) -> None:
-    """Raise ArtifactError when the directory holds a sweep with other settings; with `overwrite` drop its trials (its
-    stages stay: they are used where they fit)."""
-    if not is_sweep(store):
+    """Raise ArtifactError when the directory holds a sweep with other settings and `overwrite` is off."""
+    if overwrite or not is_sweep(store):
         return
     there, wanted = (
         _without_place(c).model_dump(mode="json", exclude={"runtime"}) for c in (read_sweep_config(store), config)
     )
-    difference = first_difference(there, wanted)
-    if difference and not overwrite:
+    if difference := first_difference(there, wanted):
         where, old, new = difference
         raise ArtifactError(
             f"{store.display(SWEEP)} has {where} = {old}, now asked for {new}; choose another --out, or pass --overwrite "
             f"to drop its trials"
         )
-    if overwrite:
-        for folder in (TUNE, TRIALS, "report"):
-            store.delete_folder(folder)
-        for name in (RESULTS, BEST, FINAL, SWEEP):
-            store.delete(name)
+
+
+def _drop_trials(store: Store) -> None:
+    """Remove the trials and results of a sweep; its stages stay: they are used where they fit."""
+    for folder in (TUNE, TRIALS, "report"):
+        store.delete_folder(folder)
+    for name in (RESULTS, BEST, FINAL, SWEEP):
+        store.delete(name)
 
 
 def _without_place(config: SweepConfig) -> SweepConfig:
@@ -172,15 +162,25 @@ def _run_of(config: RunConfig, *, artifacts, base, runtime, progress, real) -> R
     return Run(config, artifacts, runtime=runtime, progress=progress, real=real if same else None)
 
 
-def _for_trials(real: RealData) -> RealData:
-    """Return the real data without its test images: no trial can see them."""
-    return replace(real, test=real.test.subset(np.arange(0)))
+def _trainable(config: SweepConfig, base: RunConfig, store: Store, reuse: Sequence[str], real: RealData) -> Callable:
+    """Return the trainable of this sweep's trials. Its real data comes without test images: no trial can see them."""
+    s, is_pbt = config.sweep, config.sweep.scheduler == "pbt"
+    blind = replace(real, test=real.test.subset(np.arange(0)))
+    return trainable(
+        base, store.root, seeds=s.seeds, report_every=s.report_every,
+        checkpoint_every=perturb_epochs(config) if is_pbt else s.checkpoint_every or CHECKPOINT_EVERY, space=s.space,
+        reuse=reuse, real=blind, gpus_per_trial=s.gpus_per_trial, workers_per_trial=s.workers_per_trial, keep_last=is_pbt,
+    )  # fmt: skip
 
 
 def _run_trials(
-    config: SweepConfig, store: Store, function: Callable, searcher, scheduler, callbacks, progress: Progress, verbose: bool
+    config: SweepConfig, store: Store, function: Callable, machinery: tuple, progress: Progress, verbose: bool
 ) -> tune.ResultGrid:  # fmt: skip
-    """Run the trials, or what is left of them; raises KeyboardInterrupt after Ctrl-C, when their state has been saved."""
+    """Run the trials, or what is left of them, with (searcher, scheduler, callbacks).
+
+    Raises KeyboardInterrupt after Ctrl-C, when their state has been saved.
+    """
+    searcher, scheduler, callbacks = machinery
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the data stay what they are
     filesystem, root = (None, store.root) if store.is_local else store.filesystem
     there = f"{root.rstrip('/')}/{TUNE}"

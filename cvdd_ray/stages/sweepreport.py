@@ -21,7 +21,7 @@ RULE = (
 
 def trials_table(summary: SweepSummary) -> list[tuple[str, ...]]:
     """Return rows of text: swept values, epochs, hold-out accuracy in percent (mean ± std over a trial's students), state."""
-    return [(*_values(summary, trial), *_reached(trial)) for trial in summary.trials]
+    return [(*_values(summary, trial), *_reached(summary, trial)) for trial in summary.trials]
 
 
 def final_table(summary: SweepSummary) -> list[tuple[str, ...]]:
@@ -99,7 +99,7 @@ def _facts(summary: SweepSummary) -> dict[str, str]:
         "trials": f"{len(summary.trials)} ({counts[0]} finished, {counts[1]} stopped early, {counts[2]} failed), {students}",
     }
     if winner:
-        facts["winner"] = f"{_point_text(winner)}: {spread(winner.accuracy, _std(winner))} % on the hold-out"
+        facts["winner"] = f"{_point_text(winner)}: {_accuracy(summary, winner)} % on the hold-out"
     return facts
 
 
@@ -117,14 +117,14 @@ def _values(summary: SweepSummary, trial: Trial) -> tuple[str, ...]:
     return tuple(label(trial.point[key]) for key in summary.config.sweep.space)
 
 
-def _reached(trial: Trial) -> tuple[str, str, str]:
+def _reached(summary: SweepSummary, trial: Trial) -> tuple[str, str, str]:
     reached = trial.curve[-1][0] if trial.curve else 0
-    accuracy = spread(trial.accuracy, _std(trial)) if trial.curve else "none"
-    return f"{reached}/{trial.epochs}", accuracy, trial.state
+    return f"{reached}/{trial.epochs}", _accuracy(summary, trial) if trial.curve else "none", trial.state
 
 
-def _std(trial: Trial) -> float | None:
-    return trial.curve[-1][2] or None
+def _accuracy(summary: SweepSummary, trial: Trial) -> str:
+    _, mean, std = trial.curve[-1]
+    return spread(mean, std if summary.config.sweep.seeds > 1 else None)
 
 
 _SAVINGS = ("stage", "needed by trials", "made", "runs saved", "seconds saved")
