@@ -281,6 +281,9 @@ class EvaluateConfig(Section):
     def _check(self):
         if self.schedule == "constant" and self.eta != 1:
             raise ValueError(f"eta {self.eta:g} has no effect with schedule 'constant'; leave it at 1")
+        lowest = min([self.eta, *(phase.eta for phase in self.phases if phase.eta is not None)])
+        if self.schedule == "linear" and lowest < 1:
+            raise ValueError(f"eta {lowest:g} would take schedule 'linear' below 0; use at least 1")
         if self.warmup_epochs and self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than the {self.epochs} epochs")
         starts = [phase.from_epoch for phase in self.phases]

@@ -3,14 +3,23 @@
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 MAX_GRID = 10_000  # points of a grid; more is a mistake
-Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+
+
+def _number(value: Any) -> Any:
+    """Return `1e-3`, which YAML takes for text, as the number it is."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if is_number else value
+
+
+Values = Annotated[tuple[Annotated[Any, BeforeValidator(_number)], ...], Field(min_length=1)]
 Pair = tuple[float, float]
 
 
@@ -43,9 +52,8 @@ class Domain(BaseModel):
                 f"e.g. {{grid: [1, 4, 20]}}"
             )
         if self.values is not None:
-            labels = [label(value) for value in self.values]
-            if len(set(labels)) != len(labels):
-                raise ValueError(f"{self.kind} has a value twice: {', '.join(labels)}")
+            if len(set(self.points())) != len(self.values):
+                raise ValueError(f"{self.kind} has a value twice: {', '.join(map(str, self.points()))}")
             return self
         low, high = self.argument[:2]
         if not low < high or (self.kind.startswith("log") and low <= 0):

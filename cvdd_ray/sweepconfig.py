@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from cvdd_ray.config import NonNegative, Positive, RunConfig, Section
 from cvdd_ray.errors import ConfigError
-from cvdd_ray.recipes import load_config, with_settings
+from cvdd_ray.recipes import load_config, with_settings, without_place
 from cvdd_ray.space import MAX_GRID, Domain, Space, label, samples
 
 MUTABLE = ("evaluate.lr", "evaluate.weight_decay", "evaluate.eta", "evaluate.temperature")  # also in mid-training
@@ -59,6 +59,10 @@ class SearchConfig(Section):
         for key, domain in self.space.items():
             if key.split(".")[0] in ("runtime", "storage", "sweep"):
                 raise ValueError(f"space.{key} decides where work runs and not what comes out; sweep another setting")
+            if key.split(".")[0] in ("seed", "data") and key != "data.flip":
+                raise ValueError(
+                    f"space.{key} changes the hold-out; trials are only compared on one, sweep another setting"
+                )
             allowed = {"grid": ("grid",), "optuna": _DRAWN, "random": ("grid", *_DRAWN)}[self.search]
             if domain.kind not in allowed:
                 raise ValueError(f"space.{key}: search {self.search!r} takes {', '.join(allowed)}, got {domain.kind}")
@@ -67,6 +71,9 @@ class SearchConfig(Section):
             twice = [key for key in self.space if key in {f"{section}.{name}" for name in named_there}]
             if twice:
                 raise ValueError(f"space.{twice[0]} is also changed by space.{section}; vary it in one of the two")
+        idle = sorted(set(self._changed()) & set(_NO_EFFECT))
+        if idle:
+            raise ValueError(f"space.{idle[0]} changes nothing that a trial measures; {_NO_EFFECT[idle[0]]}")
         if (self.search == "grid") != (self.num_trials is None):
             needs = (
                 "has as many trials as combinations; leave num_trials out" if self.num_trials else "needs num_trials"
@@ -75,11 +82,19 @@ class SearchConfig(Section):
         self._check_scheduler()
         return self
 
+    def _changed(self) -> list[str]:
+        """Return every dotted setting that some point changes; a mapping changes the settings it names."""
+        names = []
+        for key, domain in self.space.items():
+            inside = [f"{key}.{name}" for value in domain.values or () if isinstance(value, Mapping) for name in value]
+            names += inside or [key]
+        return names
+
     def _check_scheduler(self) -> None:
         for option, scheduler in _ONLY_WITH.items():
             if getattr(self, option) is not None and self.scheduler != scheduler:
                 raise ValueError(f"{option} has no effect with scheduler {self.scheduler!r}; it is for {scheduler!r}")
-        epochs = [key for key in self.space if key in ("evaluate", "relabel", "evaluate.epochs", "relabel.epochs")]
+        epochs = [key for key in self._changed() if key in ("evaluate.epochs", "relabel.epochs")]
         if self.scheduler == "asha" and epochs:
             raise ValueError(f"scheduler 'asha' compares trials at equal epochs; {epochs[0]} cannot be swept with it")
         if self.scheduler == "pbt":
@@ -92,9 +107,15 @@ class SearchConfig(Section):
                 )
             if self.search != "random" or any(domain.kind == "grid" for domain in self.space.values()):
                 raise ValueError("scheduler 'pbt' needs search 'random' without grids")
+            if self.num_trials < 2:
+                raise ValueError("scheduler 'pbt' needs a population: num_trials of at least 2")
 
 
 _DRAWN = tuple(kind for kind in Domain.model_fields if kind != "grid")
+_NO_EFFECT = {
+    "evaluate.seeds": "set sweep.seeds", "evaluate.test_every": "set sweep.report_every",
+    "evaluate.baselines": "they belong to `cvdd run`", "evaluate.first_seed": "set sweep.seeds",
+}  # fmt: skip
 _ONLY_WITH = {"grace_epochs": "asha", "reduction_factor": "asha", "perturb_epochs": "pbt"}
 
 
@@ -110,6 +131,14 @@ class SweepConfig(RunConfig):
             grid *= len(domain.values) if domain.kind == "grid" else 1
         if grid > MAX_GRID:
             raise ValueError(f"sweep.space has {grid} combinations; at most {MAX_GRID}: use search random or optuna")
+        s, epochs = self.sweep, self.student_epochs
+        for option, most in (("grace_epochs", epochs), ("perturb_epochs", epochs - 1)):
+            if (getattr(s, option) or 0) > most:
+                raise ValueError(
+                    f"sweep.{option}: got {getattr(s, option)}, a trial has {epochs} epochs; at most {most}"
+                )
+        if s.scheduler == "pbt" and self.evaluate.phases:
+            raise ValueError("evaluate.phases: scheduler 'pbt' finds phases of its own; leave them out")
         for values in ({}, *samples(self.sweep.space, TRIED)):
             try:
                 self.trial_config(values)
@@ -128,7 +157,7 @@ class SweepConfig(RunConfig):
 
         Raises ConfigError when they do not fit together, or leave more than one IPC or student to be measured.
         """
-        plain = self.model_dump(exclude={"sweep"})
+        plain = without_place(self).model_dump(exclude={"sweep"})
         plain["evaluate"]["baselines"] = ()
         config = with_settings(RunConfig(**plain), values)
         for name, many in (("ipc", config.ipc), ("evaluate.students", config.evaluate.students)):

@@ -75,6 +75,11 @@ def test_points_name_listed_values_and_lead_back_to_them():
     assert point(0.123456789) == 0.123456789  # numbers keep all their digits
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers():
+    assert Domain(grid=["1e-4", "2E3", 0.99951, 0.99952]).values == (1e-4, 2000.0, 0.99951, 0.99952)
+    assert Domain(choice=["resnet18", "1"]).values == ("resnet18", "1")
+
+
 def test_grids_are_gone_through_completely_in_order():
     space = {"a": Domain(grid=[1, 2]), "b": Domain(grid=["x", "y", "z"])}
     expected = [{"a": a, "b": b} for a in (1, 2) for b in "xyz"]

@@ -79,6 +79,17 @@ BAD = {
     "two students": ({"space": {"evaluate.students": {"grid": [["resnet18", "resnet50"]]}}}, r"a trial measures one"),
     "two ipcs": ({"space": {"ipc": {"grid": [[1, 10]]}}}, r"a trial measures one"),
     "place": ({"space": {"runtime.num_cpus": {"grid": [1, 2]}}}, r"where work runs"),
+    "another hold-out": ({"space": {"data.holdout": {"grid": [0.1, 0.2]}}}, r"changes the hold-out"),
+    "another seed": ({"space": {"seed": {"grid": [0, 1]}}}, r"changes the hold-out"),
+    "no effect on a trial": ({"space": {"evaluate.seeds": {"grid": [1, 2]}}}, r"set sweep\.seeds"),
+    "no effect in a mapping": ({"space": {"evaluate": {"grid": [{"test_every": 3}]}}}, r"set sweep\.report_every"),
+    "linear below 0": (
+        {"space": {"evaluate": {"grid": [{"schedule": "linear", "eta": 0.5}]}}}, r"below 0; use at least 1",
+    ),
+    "grace beyond the end": ({"space": T, "scheduler": "asha", "grace_epochs": 99}, r"a trial has 40 epochs; at most 40"),
+    "a population of one": (
+        {"space": DRAWN, "search": "random", "num_trials": 1, "scheduler": "pbt"}, r"at least 2",
+    ),
     "optuna has no grids": ({"space": T, "search": "optuna", "num_trials": 3}, r"search 'optuna' takes choice"),
     "a grid has no draws": ({"space": DRAWN}, r"search 'grid' takes grid, got loguniform"),
     "trials missing": ({"space": DRAWN, "search": "random"}, r"needs num_trials"),

@@ -178,7 +178,8 @@ class Artifacts:
                 if found is None or first_difference(found.identity, identity):
                     continue
                 here = self.folder(identity)
-                self.store.delete(f"{here}/{MANIFEST}")
+                if not self.variants:  # what other settings left there
+                    self.store.delete(f"{here}/{MANIFEST}")
                 for name in (*found.files, MANIFEST):
                     self.store.take(source, f"{there}/{name}", f"{here}/{name}")
                 return found

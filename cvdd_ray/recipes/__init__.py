@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cvdd_ray.config import RunConfig
+from cvdd_ray.config import RunConfig, StorageConfig
 from cvdd_ray.errors import ConfigError
 
 HEADER_KEYS = ("base", "description")
@@ -55,6 +55,13 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
     for path, value in values.items():
         _set(settings, path, value, path)
     return validate(settings, type(config))
+
+
+def without_place(config: Config) -> Config:
+    """Return the configuration without the cluster's address and the directory: what it is, not where (a URI may hold
+    credentials)."""
+    runtime = config.runtime.model_copy(update={"address": None})
+    return config.model_copy(update={"runtime": runtime, "storage": StorageConfig()})
 
 
 def _with_overrides(settings: dict[str, Any], overrides: Iterable[str], model: type[Config]) -> Config:

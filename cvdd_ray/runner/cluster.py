@@ -77,10 +77,15 @@ def _require_answer(address: str) -> None:
 
 
 def worker_bundles() -> list[dict[str, float]] | None:
-    """Return the places for actors and tasks of the placement group this process runs in (all bundles but its own, the
-    first); None outside of one. A trial of a sweep runs in one."""
+    """Return the places for actors and tasks of the placement group this process runs in; None outside of one.
+
+    A trial of a sweep runs in one: the first bundle is its own, unless it asked for nothing (Tune then leaves it out).
+    """
     group = ray.util.get_current_placement_group()
-    return None if group is None else list(group.bundle_specs[1:])
+    if group is None:
+        return None
+    own = 1 if ray.get_runtime_context().get_assigned_resources() else 0
+    return list(group.bundle_specs[own:])
 
 
 def places_with(resource: str) -> list[float]:

@@ -4,10 +4,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from cvdd_ray.data.storage import Store
 
@@ -39,11 +40,12 @@ class LeaseDesk:
                 del self._holders[key]
 
 
-def lease_desk(store: Store) -> Any:
-    """Return the lease desk of a sweep's store, started if this process is the first to ask."""
+def lease_desk(store: Store, **options: Any) -> Any:
+    """Return the lease desk of a sweep's store, started if this process is the first to ask; it ends with this process,
+    unless `lifetime="detached"` is among the options."""
     name = f"cvdd-leases:{store.display('').rstrip('/')}"
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="DEFAULT")(LeaseDesk)
-    return remote.options(name=name, get_if_exists=True).remote()
+    return remote.options(name=name, get_if_exists=True, **options).remote()
 
 
 @contextmanager
@@ -56,7 +58,8 @@ def leased(desk: Any, keys: Sequence[str]) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(RENEW_S):
-            ray.get(desk.acquire.remote(keys, holder))
+            with suppress(RayError):  # a desk that is being restarted is asked again
+                ray.get(desk.acquire.remote(keys, holder))
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()

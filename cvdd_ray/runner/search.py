@@ -1,12 +1,15 @@
 """Search spaces, searchers, schedulers and loggers of Ray Tune, by the names a sweep file calls them."""
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.result import EXPR_RESULT_FILE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -54,18 +57,62 @@ def _optuna(c: SweepConfig) -> Any:
 SEARCHERS: dict[str, Callable[[SweepConfig], Any]] = {"grid": _variants, "random": _variants, "optuna": _optuna}
 
 
+class RestorableASHA(ASHAScheduler):
+    """ASHA that knows, after a restart, what the trials of earlier sessions had reached at its rungs.
+
+    Tune brings back a scheduler as it was before the first trial.
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        for result in recorded_results(trial):
+            super().on_trial_result(tune_controller, trial, result)
+
+
+class RestorablePBT(PopulationBasedTraining):
+    """Population-based training whose trials, after a restart, are perturbed when they would have been."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        last = max((result["epoch"] for result in recorded_results(trial)), default=0)
+        self._trial_state[trial].last_perturbation_time = (
+            last // self._perturbation_interval * self._perturbation_interval
+        )
+
+
+def recorded_results(trial: Trial) -> list[dict]:
+    """Return what a trial has reported in earlier sessions, epoch by epoch; nothing for a new one."""
+    storage = trial.storage
+    if storage is None or not trial.last_result:
+        return []
+    try:
+        with storage.storage_filesystem.open_input_stream(f"{storage.trial_fs_path}/{EXPR_RESULT_FILE}") as stream:
+            lines = stream.read().splitlines()
+    except FileNotFoundError:
+        return []
+    found = {result["epoch"]: result for result in map(json.loads, lines) if "epoch" in result}
+    return [found[epoch] for epoch in sorted(found)]
+
+
 def _asha(c: SweepConfig) -> Any:
     epochs = c.student_epochs
-    grace = c.sweep.grace_epochs or max(1, epochs // 8)
-    return ASHAScheduler(
-        time_attr="epoch", max_t=epochs, grace_period=min(grace, epochs), reduction_factor=c.sweep.reduction_factor or 3
-    )
+    return RestorableASHA(
+        time_attr="epoch", max_t=epochs, grace_period=c.sweep.grace_epochs or max(1, epochs // 8),
+        reduction_factor=c.sweep.reduction_factor or 3,
+    )  # fmt: skip
 
 
 def _pbt(c: SweepConfig) -> Any:
-    return PopulationBasedTraining(
-        time_attr="epoch", perturbation_interval=perturb_epochs(c), hyperparam_mutations=param_space(c)
-    )
+    space = c.sweep.space
+    mutations = {key: list(d.points()) if d.values else DOMAINS[d.kind](d) for key, d in space.items()}
+
+    def inside(point: dict[str, Any]) -> dict[str, Any]:  # perturbing multiplies, and so may leave a range
+        ranges = {key: d.argument for key, d in space.items() if d.values is None}
+        return {**point, **{key: min(max(point[key], low), high) for key, (low, high, *_) in ranges.items()}}
+
+    return RestorablePBT(
+        time_attr="epoch", perturbation_interval=perturb_epochs(c), hyperparam_mutations=mutations, custom_explore_fn=inside
+    )  # fmt: skip
 
 
 SCHEDULERS: dict[str, Callable[[SweepConfig], Any]] = {"fifo": lambda c: FIFOScheduler(), "asha": _asha, "pbt": _pbt}

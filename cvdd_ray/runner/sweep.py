@@ -1,7 +1,6 @@
 """`cvdd sweep`: the shared stages, the trials under Ray Tune, the tables, and one final test of the winner."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,13 +15,14 @@ from cvdd_ray.data.artifacts import Artifacts, first_difference, source_stores
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
-from cvdd_ray.recipes import dump_config, with_settings
-from cvdd_ray.runner.cluster import connect, disconnect
+from cvdd_ray.recipes import dump_config, with_settings, without_place
+from cvdd_ray.runner.cluster import connect, disconnect, places_with
 from cvdd_ray.runner.leases import lease_desk, leased
 from cvdd_ray.runner.runtime import RayRuntime, mendable
 from cvdd_ray.runner.search import LOGGERS, SCHEDULERS, SEARCHERS, param_space, perturb_epochs, quiet_tune
 from cvdd_ray.runner.sweepdisplay import DisplayCallback, SweepDisplay
-from cvdd_ray.runner.trainable import METRIC, trainable
+from cvdd_ray.runner.trainable import METRIC, placement, trainable
+from cvdd_ray.space import label, samples
 from cvdd_ray.stages.context import Progress, Run, Silent
 from cvdd_ray.stages.evaluate import OURS, evaluate
 from cvdd_ray.stages.evaluate import RESULTS as TEST_RESULTS
@@ -43,7 +43,7 @@ from cvdd_ray.stages.sweepsummary import (
     trial_run_config,
 )
 from cvdd_ray.stages.trial import prepare, untouched_stages, with_history
-from cvdd_ray.sweepconfig import SweepConfig, named
+from cvdd_ray.sweepconfig import TRIED, SweepConfig, named
 
 CHECKPOINT_EVERY = 10  # epochs
 TUNE = "tune"  # Tune's own folder: trial storage, TensorBoard files
@@ -90,7 +90,8 @@ def sweep(
         runtime = RayRuntime(config.runtime) if config.runtime.engine == "ray" else LocalRuntime()
         artifacts = Artifacts(store, variants=True, sources=sources, exclusive=partial(leased, lease_desk(store)))
         run_of = partial(_run_of, artifacts=artifacts, base=base, runtime=runtime, progress=progress, real=first.real)
-        store.write(SWEEP, dump_config(_without_place(config)).encode())
+        _check_room(config, base)
+        store.write(SWEEP, dump_config(without_place(config)).encode())
         prepare(run_of, base, {}, untouched_stages(list(config.sweep.space)))
         if isinstance(runtime, RayRuntime):
             runtime.release()  # trials need what the experts hold
@@ -120,7 +121,8 @@ def _refuse_another(config: SweepConfig, store: Store, overwrite: bool) -> None:
     if overwrite or not is_sweep(store):
         return
     there, wanted = (
-        _without_place(c).model_dump(mode="json", exclude={"runtime"}) for c in (read_sweep_config(store), config)
+        without_place(c).model_dump(mode="json", exclude={"runtime": True, "sweep": {"final_seeds"}})
+        for c in (read_sweep_config(store), config)
     )
     if difference := first_difference(there, wanted):
         where, old, new = difference
@@ -138,23 +140,34 @@ def _drop_trials(store: Store) -> None:
         store.delete(name)
 
 
-def _without_place(config: SweepConfig) -> SweepConfig:
-    """Return the sweep without where it runs and where it lies."""
-    runtime = config.runtime.model_copy(update={"address": None})
-    return config.model_copy(update={"runtime": runtime, "storage": type(config.storage)()})
-
-
 def _check_points(config: SweepConfig, first: Run) -> None:
-    """Raise ConfigError for listed values whose run cannot work with this data: networks, teachers, voters, IPC."""
-    for key, domain in config.sweep.space.items():
-        for value in domain.values or ():
-            changed = config.trial_config({key: value})
-            if (changed.data, changed.seed) != (first.config.data, first.config.seed):
-                continue  # other data is only read by the trials that need it
-            try:
-                check(Run(changed, first.artifacts, real=first.real))
-            except CvddError as error:
-                raise type(error)(f"sweep.space, at {named({key: value})}: {error}") from None
+    """Raise ConfigError where a listed value's run cannot work with this data (networks, teachers, voters, IPC), each seen
+    at the first point of the space that has it."""
+    seen: set[tuple[str, str]] = set()
+    for values in samples(config.sweep.space, TRIED):
+        new = {(key, label(value)) for key, value in values.items() if config.sweep.space[key].values} - seen
+        if not new:
+            continue
+        seen |= new
+        try:
+            check(Run(config.trial_config(values), first.artifacts, real=first.real))
+        except CvddError as error:
+            raise type(error)(f"sweep.space, at {named(values)}: {error}") from None
+
+
+def _check_room(config: SweepConfig, base: RunConfig) -> None:
+    """Raise ConfigError when a trial would wait for ever for more than a private cluster has."""
+    if config.runtime.address is not None:
+        return  # a cluster may grow
+    s = config.sweep
+    asked = placement(base, s.space, s.gpus_per_trial, s.workers_per_trial)
+    for kind, amount in asked.required_resources.items():
+        there = sum(places_with(kind))
+        if amount > there:
+            raise ConfigError(
+                f"sweep: a trial asks for {amount:g} {kind}, this machine has {there:g}; lower sweep.gpus_per_trial or "
+                f"sweep.workers_per_trial, or set runtime.engine=local"
+            )
 
 
 def _run_of(config: RunConfig, *, artifacts, base, runtime, progress, real) -> Run:
@@ -181,15 +194,24 @@ def _run_trials(
     Raises KeyboardInterrupt after Ctrl-C, when their state has been saved.
     """
     searcher, scheduler, callbacks = machinery
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the data stay what they are
     filesystem, root = (None, store.root) if store.is_local else store.filesystem
     there = f"{root.rstrip('/')}/{TUNE}"
     display = DisplayCallback.current = SweepDisplay(progress, config.num_trials())
     progress.start("sweep", config.num_trials(), "trials")
-    if tune.Tuner.can_restore(there, storage_filesystem=filesystem):
-        tuner = tune.Tuner.restore(there, trainable=function, resume_errored=True, storage_filesystem=filesystem)
+    c = config.sweep
+    has_begun = any(
+        name.startswith(f"{TUNE}/experiment_state") for name in store.names(TUNE)
+    )  # there is a first snapshot
+    if has_begun and tune.Tuner.can_restore(there, storage_filesystem=filesystem):
+        tuner = tune.Tuner.restore(
+            there,
+            trainable=function,
+            resume_errored=True,
+            param_space=param_space(config),
+            storage_filesystem=filesystem,
+        )
     else:
-        c = config.sweep
+        store.delete_folder(TUNE)
         tuner = tune.Tuner(
             function,
             param_space=param_space(config),
@@ -199,12 +221,12 @@ def _run_trials(
             ),
             run_config=tune.RunConfig(
                 name=TUNE, storage_path=root, storage_filesystem=filesystem, verbose=2 if verbose else 0,
-                callbacks=callbacks, checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                callbacks=callbacks, checkpoint_config=tune.CheckpointConfig(num_to_keep=None if c.scheduler == "pbt" else 2),
                 failure_config=tune.FailureConfig(max_failures=c.max_failures),
             ),
         )  # fmt: skip
     results = tuner.fit()
-    if display.was_interrupted:
+    if display.was_interrupted:  # Tune catches Ctrl-C, saves and returns
         raise KeyboardInterrupt
     progress.finish(display.note())
     return results
@@ -230,10 +252,10 @@ def _rows(config: SweepConfig, result: Any) -> list[dict[str, Any]]:
     last = max(found, default=0)
     epochs = int(found[last]["epochs"]) if found else 0
     state = "failed" if result.error else "finished" if last == epochs else "stopped"
-    about = {"trial": Path(result.path).name, "state": state, "epochs": epochs, "point": result.config}
+    about = {"trial": Path(result.path).name, "state": state, "epochs": epochs, "error": _reason(result.error)}
     if not found:
         nothing = ("holdout_accuracy", "holdout_std", "train_loss", "train_agreement", "lr", "seconds", "history")
-        return [{**about, **dict.fromkeys(nothing), "epoch": 0, "holdout_accuracies": []}]
+        return [{**about, **dict.fromkeys(nothing), "point": result.config, "epoch": 0, "holdout_accuracies": []}]
     return [
         {
             **about,
@@ -242,9 +264,15 @@ def _rows(config: SweepConfig, result: Any) -> list[dict[str, Any]]:
             "holdout_accuracies": [m[f"holdout_accuracy_{seed}"] for seed in range(config.sweep.seeds)],
             "seconds": m["time_total_s"],
             "history": m["history"],
+            "point": json.loads(m["point"]),
         }
         for epoch, m in sorted(found.items())
     ]
+
+
+def _reason(error: Exception | None) -> str | None:
+    """Return in one line what a trial died of."""
+    return " ".join(str(mendable(error)).strip().splitlines()[-1:]) if error else None
 
 
 def _final_test(config: SweepConfig, store: Store, run_of: Callable[[RunConfig], Run]) -> None:

@@ -58,8 +58,10 @@ class SweepDisplay:
             if trial.status in ENDED:
                 self.end(trial)
 
-    def finish(self, trials: list[Trial]) -> None:
-        self.was_interrupted = any(trial.status not in ENDED for trial in trials)
+    def step(self, trials: list[Trial]) -> None:
+        """Note after every step whether anything is left to do: if so at the last, the sweep was interrupted (Tune itself
+        ends all trials then, and returns as if nothing had been)."""
+        self.was_interrupted = len(trials) < self._num_trials or any(trial.status not in ENDED for trial in trials)
 
     def _show(self) -> None:
         self._progress.update(sum(row.share for row in self._rows.values()), self.note(), self.table())
@@ -129,5 +131,5 @@ class DisplayCallback(tune.Callback):
     def on_trial_error(self, iteration, trials, trial, **info):
         self.current.end(trial)
 
-    def on_experiment_end(self, trials, **info):
-        self.current.finish(trials)
+    def on_step_end(self, iteration, trials, **info):
+        self.current.step(trials)

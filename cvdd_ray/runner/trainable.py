@@ -1,7 +1,7 @@
 """A trial of a sweep as a Ray Tune trainable, for `cvdd sweep` and for anyone's own Tuner."""
 
 import json
-import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from ray import tune
 
 from cvdd_ray.config import RunConfig
 from cvdd_ray.core.experts import prepare_torch
-from cvdd_ray.data.artifacts import Artifacts
+from cvdd_ray.data.artifacts import Artifacts, source_stores
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.cluster import task_share, worker_bundles
@@ -54,16 +54,15 @@ def trainable(
             tune_config=tune.TuneConfig(metric="holdout_accuracy", mode="max"),
         )
     """
-    c, space = config.runtime, space or {}
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the data stay what they are
+    c, space, root, sources = config.runtime, space or {}, Store(out).root, [Store(place).root for place in reuse]
 
     def cvdd_trial(point: dict[str, Any], real: RealData | None = None) -> None:
         prepare_torch(c.threads_per_actor)
         values = settings_of(space, point)
-        store = Store(out)
-        desk = lease_desk(store)
-        artifacts = Artifacts(
-            store, variants=True, sources=[Store(root) for root in reuse], exclusive=partial(leased, desk)
-        )
+        store = Store(root)
+        exclusive = partial(leased, lease_desk(store, lifetime="detached"))
+        artifacts = Artifacts(store, variants=True, sources=source_stores(sources), exclusive=exclusive)
         opened: list[Run] = []
         try:
             run, used = prepare(lambda c: _open(opened, c, artifacts, config, real), config, values)
@@ -80,7 +79,8 @@ def trainable(
         if checkpoint := tune.get_checkpoint():
             with checkpoint.as_directory() as folder:
                 students.load(Path(folder, STATE).read_bytes())
-        run_trial(students, _report, report_every=report_every, checkpoint_every=checkpoint_every, keep_last=keep_last)
+        report = partial(_report, point)
+        run_trial(students, report, report_every=report_every, checkpoint_every=checkpoint_every, keep_last=keep_last)
 
     function = cvdd_trial if real is None else tune.with_parameters(cvdd_trial, real=real)
     return tune.with_resources(function, lambda point: placement(config, point, gpus_per_trial, workers_per_trial))
@@ -93,7 +93,8 @@ def placement(
 
     Trials that differ in post-evaluation alone: one bundle, by default a quarter of a GPU, so that small students share
     one. Trials that make stages anew: a place for the students, and `workers_per_trial` bundles for expert actors and
-    tasks; without GPUs the students need no core of their own, since they and the actors never work at once.
+    tasks, of a core and what the students leave of a GPU; without GPUs the students need no place of their own, since they
+    and the actors never work at once.
     """
     c = config.runtime
     share = task_share(c)
@@ -102,7 +103,8 @@ def placement(
     only_evaluates = all(FIRST_STAGE.get(key.split(".")[0]) == "evaluate" for key in point)
     if only_evaluates or c.engine == "local":
         return tune.PlacementGroupFactory([alone])
-    worker = _bundle(share.num_cpus, math.ceil(gpus) if c.gpus_per_actor != 0 else 0)
+    rest = 1.0 - gpus if gpus < 1 else 1.0  # of its GPU, so that a trial with one worker fits on one GPU
+    worker = _bundle(share.num_cpus, rest if share.num_gpus else 0.0)
     return tune.PlacementGroupFactory([_bundle(0, gpus), *[worker] * workers_per_trial])
 
 
@@ -129,11 +131,13 @@ def _runtime(config: RunConfig):
     return RayRuntime(config.runtime)
 
 
-def _report(measured: Measurement, state: bytes | None) -> None:
-    """Tell Tune; this may not return, when the scheduler ends the trial."""
+def _report(point: Mapping[str, Any], measured: Measurement, state: bytes | None) -> None:
+    """Tell Tune; this may not return, when the scheduler ends the trial. The point goes along: population-based training
+    may have given the trial another one by the time its results are read."""
+    metrics = {**measured.metrics(), "point": json.dumps(point)}
     if state is None:
-        tune.report(measured.metrics())
+        tune.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, STATE).write_bytes(state)
-        tune.report(measured.metrics(), checkpoint=tune.Checkpoint.from_directory(folder))
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))

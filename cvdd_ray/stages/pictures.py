@@ -77,7 +77,7 @@ def contact_sheet(
     labels = np.unique(np.linspace(0, num_classes - 1, min(num_classes, MAX_CLASSES)).round().astype(int))
     indices = range(min(ipc, MAX_INDICES))
     side = distilled.images_NCHW.shape[-1]
-    names = [_short(distilled.classes[label]) for label in labels]
+    names = [shortened(distilled.classes[label]) for label in labels]
     with matplotlib.rc_context(STYLE):
         measure = Figure(dpi=DPI)
         FigureCanvasAgg(measure)
@@ -180,7 +180,7 @@ def _training_panel(panel: Axes, training: Mapping[str, Sequence], column: int, 
         if rows:
             epochs, values = [row[0] + 1 for row in rows], [row[column] for row in rows]
             panel.plot(epochs, values, marker="o" if len(rows) == 1 else None, **styles[name])
-    _whole_epochs(panel, max(map(len, training.values()), default=0))
+    whole_epochs(panel, max(map(len, training.values()), default=0))
     if not any(training.values()):
         _say(panel, "no curve: not trained yet,\nor weights were given")
 
@@ -212,7 +212,7 @@ def _student_panel(panel: Axes, runs: Sequence[Mapping]) -> None:
         if len(seeds_RT) > 1:
             std_T = seeds_RT.std(0, ddof=1)
             panel.fill_between(epochs_T, mean_T - std_T, mean_T + std_T, alpha=0.15, lw=0, color=style["color"])
-    _whole_epochs(panel, max((run["curve"][-1][0] + 1 for run in runs), default=0))
+    whole_epochs(panel, max((run["curve"][-1][0] + 1 for run in runs), default=0))
     if not runs:
         _say(panel, "not evaluated yet")
 
@@ -221,7 +221,8 @@ def _arm_style(arm: str) -> dict:
     return {"color": ARM_COLOURS[arm], "marker": "o", "markersize": 3, "linewidth": 2.4 if arm == "distilled" else 1.4}
 
 
-def _whole_epochs(panel: Axes, epochs: int) -> None:
+def whole_epochs(panel: Axes, epochs: int) -> None:
+    """Give the epochs' axis whole numbers, also where there is one epoch alone."""
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if epochs == 1:
         panel.set_xlim(0.5, 1.5)
@@ -232,7 +233,8 @@ def _say(panel: Axes, text: str) -> None:
     panel.set(xticks=[], yticks=[])
 
 
-def _short(name: str, limit: int = 24) -> str:
+def shortened(name: str, limit: int = 24) -> str:
+    """Return the name with an ellipsis where it is longer than `limit` letters."""
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 

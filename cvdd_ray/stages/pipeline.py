@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from cvdd_ray.recipes import dump_config, parse_config
+from cvdd_ray.recipes import dump_config, parse_config, without_place
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import evaluate
 from cvdd_ray.stages.initialize import class_items, initialize, observer_name
@@ -42,9 +42,9 @@ def remember(run: Run, verb: str = "run") -> None:
     """Write the resolved configuration beside the artifacts, so that later verbs need only --out.
 
     A single verb that has done its work changes its own sections alone; the rest is what the other stages were made
-    with. The cluster's address is left out: it says where, not what.
+    with. Where it ran and where it lies is left out.
     """
-    config = run.config.model_copy(update={"runtime": run.config.runtime.model_copy(update={"address": None})})
+    config = without_place(run.config)
     if verb != "run" and run.store.exists(CONFIG):
         there = parse_config(run.store.read(CONFIG).decode(), run.store.display(CONFIG))
         config = there.model_copy(update={name: getattr(config, name) for name in SECTIONS[verb]})

@@ -21,11 +21,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cvdd_ray.space import Domain, label
-from cvdd_ray.stages.pictures import DPI, STYLE, _short, _whole_epochs
+from cvdd_ray.stages.pictures import DPI, STYLE, shortened, whole_epochs
 from cvdd_ray.stages.sweepsummary import SweepSummary, Trial, winner_of
 
 LOOK = {**STYLE, "text.parse_math": False}  # texts come from users
-ACCURACY = "hold-out accuracy in %"
+ACCURACY, NOTHING = "hold-out accuracy in %", "no trial has finished"
 CUT, FINISHED, WINNER = "stopped early or failed", "finished trial", "winner"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
 SHADES = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)))  # its yellow is lost on white
@@ -39,6 +39,7 @@ LINES = {  # in the order of drawing
     FINISHED: {"linewidth": 1.3, "alpha": 0.85, "zorder": 3},
     WINNER: {"linewidth": 2.8, "zorder": 3.5, "path_effects": [withStroke(linewidth=4, foreground="#333333")]},
 }
+BOX = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}  # texts on lines
 DODGE = (0, -1, 1, -2, 2)  # trials that share a listed value stand side by side
 LETTER = 0.075  # inches, about, that a letter takes
 MANY = 10  # bands, or colours of values, that can be told apart
@@ -118,7 +119,7 @@ def _draw_setting(panel: Axes, key: str, summary: SweepSummary, trials: Roles, i
     for role, rows in dots.items():
         xs, ys, stds = zip(*rows, strict=True)
         bars = {"yerr": stds, "elinewidth": 1} if any(std > 0 for std in stds) else {}
-        about = " (bar: std over its students)" if bars and role == FINISHED else ""
+        about = " (bar: std over its students)" if bars and (role == FINISHED or FINISHED not in dots) else ""
         panel.errorbar(xs, ys, markeredgewidth=0.7, label=f"{role}{about}", **bars, **DOTS[role])
     if shared:
         xs, groups = zip(*sorted(shared.items()), strict=True)
@@ -139,7 +140,7 @@ def parallel_figure(summary: SweepSummary, *, title: str) -> bytes:
     space, trials = summary.config.sweep.space, _measured(summary)
     scales = {key: _scale(domain, [trial.point.get(key) for trial, _ in trials]) for key, domain in space.items()}
     reached = [trial.accuracy for trial, _ in trials] or [0.0, 100.0]
-    scales["hold-out.accuracy in %"] = Scale(min(reached) - 0.01, max(reached) + 0.01)
+    scales["hold-out.accuracy in %"] = Scale(min(reached) - 0.1, max(reached) + 0.1)
     last, shades = len(space), _shades(trials)
     figure = Figure((max(6.5, 1.6 * (last + 1)), 4.8), layout="constrained")
     panel = figure.subplots(subplot_kw={"xlim": (-0.45, last + 0.35), "ylim": (-0.01, 1.01)})
@@ -149,8 +150,7 @@ def parallel_figure(summary: SweepSummary, *, title: str) -> bytes:
         panel.vlines(k, 0, 1, color="#333333", linewidth=1, zorder=4)
         x, side = (k + 0.04, "left") if k == last else (k - 0.03, "right")
         for place, text in scale.ticks():
-            box = {"fc": "white", "alpha": 0.75, "lw": 0, "pad": 0.5}
-            panel.text(x, place, text, ha=side, va="center", fontsize=8, zorder=6, bbox=box)
+            panel.text(x, place, text, ha=side, va="center", fontsize=8, zorder=6, bbox=BOX)
             panel.hlines(place, k - 0.015, k + 0.015, color="#333333", linewidth=1, zorder=4)
     for trial, role in trials:
         values = [*(trial.point.get(key) for key in space), trial.accuracy]
@@ -185,7 +185,7 @@ def learning_figure(summary: SweepSummary, *, title: str) -> bytes:
         panel.plot(epochs, means, color=color, label=text, gid=trial.name, **look)
         if has_bands:
             panel.fill_between(epochs, means - stds, means + stds, color=color, alpha=0.15, linewidth=0)
-    _whole_epochs(panel, max((trial.curve[-1][0] for trial, _ in trials), default=0))
+    whole_epochs(panel, max((trial.curve[-1][0] for trial, _ in trials), default=0))
     if not points and any(role != CUT for _, role in trials):
         figure.colorbar(shades, ax=panel, extend="min", aspect=30, pad=0.02, label="accuracy after the last epoch in %")
     return _png(figure, title, trials)
@@ -225,11 +225,11 @@ def _plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else _short(label(value), 26)
+    return f"{value:.6g}" if isinstance(value, float) else shortened(label(value), 26)
 
 
 def _shades(trials: Roles) -> ScalarMappable:
-    found = [trial.accuracy for trial, role in trials if role != CUT] or [0.0]
+    found = [trial.accuracy for trial, role in trials if role != CUT] or [100.0]
     return ScalarMappable(Normalize(min(found) - 0.01, max(found) + 0.01), SHADES)
 
 
@@ -239,7 +239,7 @@ def _png(figure: Figure, title: str, trials: Roles) -> bytes:
     for panel in figure.axes:
         handles |= {text: handle for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)}
         if all(role == CUT for _, role in trials):
-            panel.text(0.5, 0.5, "no trial has finished", transform=panel.transAxes, ha="center", zorder=7)
+            panel.text(0.5, 0.6, NOTHING, transform=panel.transAxes, ha="center", zorder=7, bbox=BOX)
         if not trials:
             panel.set_yticks([])
     columns = figure.get_figwidth() / (0.85 * LETTER * max(map(len, handles), default=1) + 0.6)

@@ -98,6 +98,9 @@ def _facts(summary: SweepSummary) -> dict[str, str]:
         "sweep": summary.where,
         "trials": f"{len(summary.trials)} ({counts[0]} finished, {counts[1]} stopped early, {counts[2]} failed), {students}",
     }
+    for trial in summary.trials:
+        if trial.state == "failed":
+            facts.setdefault("first failure", f"{_point_text(trial)}: {trial.error}")
     if winner:
         facts["winner"] = f"{_point_text(winner)}: {_accuracy(summary, winner)} % on the hold-out"
     return facts

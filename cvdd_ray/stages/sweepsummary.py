@@ -29,7 +29,7 @@ FIXED_COLUMNS = (
 class Trial:
     """One trial: its point of the space (numbers, or names of listed values), `finished`, `stopped` (early) or `failed`,
     all epochs it would have had, rows (finished epochs, hold-out accuracy in percent: mean and standard deviation over
-    its students), and the history of what changed in mid-training: (first epoch, settings)."""
+    its students), the history of what changed in mid-training: (first epoch, settings), and what it failed of."""
 
     name: str
     point: Mapping[str, Any]
@@ -37,6 +37,7 @@ class Trial:
     epochs: int
     curve: tuple[tuple[int, float, float], ...]
     history: tuple[tuple[int, Mapping[str, float]], ...] = ()
+    error: str | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -114,7 +115,8 @@ def results_table(c: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> bytes:
         values = [row["point"][key] for row in rows]
         is_text = any(isinstance(value, str) for value in values)
         columns[key] = pa.array([str(value) for value in values] if is_text else [float(value) for value in values])
-    columns["history"] = pa.array([row["history"] for row in rows], pa.string())
+    for name in ("history", "error"):
+        columns[name] = pa.array([row[name] for row in rows], pa.string())
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink)
     return sink.getvalue()
@@ -133,6 +135,7 @@ def trials_of(c: SweepConfig, table: pa.Table) -> tuple[Trial, ...]:
             rows[-1]["epochs"],
             tuple((r["epoch"], r["holdout_accuracy"], r["holdout_std"]) for r in rows if r["epoch"]),
             tuple((epoch, changes) for epoch, changes in json.loads(rows[-1]["history"] or "[]")),
+            rows[-1]["error"],
         )
         for name, rows in found.items()
     ]

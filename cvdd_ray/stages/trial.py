@@ -34,7 +34,7 @@ SHARED_STAGES = ("pretrain", "prior", "initialize", "synthesize", "relabel")
 # What a section changes first. Priors are measured with the settings of the unchanged run, unless the experts or the
 # measurement itself are swept: one thing varies at a time, and voting, synthesis and labels never cost new priors.
 FIRST_STAGE = {
-    "seed": "pretrain", "data": "pretrain", "committee": "pretrain", "pretrain": "pretrain", "prior": "prior",
+    "data": "pretrain", "committee": "pretrain", "pretrain": "pretrain", "prior": "prior",
     "initialize": "initialize", "ipc": "initialize", "voting": "synthesize", "synthesize": "synthesize",
     "relabel": "relabel", "evaluate": "evaluate",
 }  # fmt: skip
@@ -64,7 +64,7 @@ def prepare(
         pretrain(first)
     if "prior" in stages and needs_priors(config) and config.prior.method == "distill":
         measure_priors(first)
-        used = dict(first.artifacts.used)
+        used = {"prior": first.artifacts.used["prior"]}  # what was measured, not that it is given from here on
         config = with_given_priors(config, read_priors(first))
     run = run_of(config)
     check(run)
@@ -111,7 +111,7 @@ class Measurement:
 
 
 class TrialStudents:
-    """The students of one trial (seeds 0, 1, ...), one epoch after the other; can be saved and taken up again.
+    """The students of one trial (`evaluate.first_seed` and on), one epoch after the other; can be saved and taken up again.
 
     Taken up with another learning rate, weight decay, eta or temperature than it was saved with (population-based
     training), it goes on with the new ones and remembers from which epoch.
@@ -125,10 +125,9 @@ class TrialStudents:
         self._device = work_device()
         pixels = normalize(torch.from_numpy(np.array(arm.images_NCHW)).to(self._device), self._info)
         self._settings = student_settings(run, c.student_epochs, len(pixels))
-        self._now = {name: getattr(c.evaluate, name) for name in MUTABLE_SETTINGS}
-        students = [
-            build_student(c.evaluate.students[0], seed, self._info, c.seed, run.width) for seed in range(num_seeds)
-        ]
+        self._asked = {name: getattr(c.evaluate, name) for name in MUTABLE_SETTINGS}
+        numbers = range(c.evaluate.first_seed, c.evaluate.first_seed + num_seeds)
+        students = [build_student(c.evaluate.students[0], n, self._info, c.seed, run.width) for n in numbers]
         self._trainings = [StudentTraining(model, pixels, self._settings, seed) for model, seed in students]
         self._last = (0.0, 0.0)
 
@@ -162,7 +161,8 @@ class TrialStudents:
             for seed, training in enumerate(self._trainings)
             for name, value in training.state().items()
         }
-        return save_tensors(tensors, metadata={"history": json.dumps(self._history())})
+        about = {"history": json.dumps(self._history()), "asked": json.dumps(self._asked)}
+        return save_tensors(tensors, metadata=about)
 
     def load(self, data: bytes) -> None:
         """Go on from a `state()` of the same trial, or of one that differs in what may change in mid-training."""
@@ -172,10 +172,10 @@ class TrialStudents:
             prefix = f"{seed}/"
             training.load({n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)})
         (_, first), *phases = json.loads(header["history"])
-        saved = replace(self._settings, **first, phases=tuple((epoch, changes) for epoch, changes in phases))
-        then = saved.at(self.next_epoch)
-        changes = {name: value for name, value in self._now.items() if value != getattr(then, name)}
-        self._settings = replace(saved, phases=(*saved.phases, *([(self.next_epoch, changes)] if changes else ())))
+        asked_then = json.loads(header["asked"])
+        changes = {name: value for name, value in self._asked.items() if value != asked_then[name]}
+        phases = [(epoch, changed) for epoch, changed in phases] + ([(self.next_epoch, changes)] if changes else [])
+        self._settings = replace(self._settings, **first, phases=tuple(phases))
 
     def _history(self) -> tuple[tuple[int, Mapping[str, float]], ...]:
         first = {name: getattr(self._settings, name) for name in MUTABLE_SETTINGS}

@@ -228,7 +228,7 @@ def test_a_missing_extra_is_named(tiny, tmp_path, ray_runtime, monkeypatch):
         ({"evaluate.lr": 1}, 0.0, "ray", [{"CPU": 1.0}]),
         ({"evaluate.lr": 1}, 0.25, "ray", [{"CPU": 1.0, "GPU": 0.25}]),
         ({"voting": "size=3"}, 0.0, "ray", [{}, {"CPU": 1.0}, {"CPU": 1.0}]),
-        ({"voting.size": 3, "evaluate.lr": 1}, 0.25, "ray", [{"GPU": 0.25}, {"CPU": 1.0, "GPU": 1}, {"CPU": 1.0, "GPU": 1}]),
+        ({"voting.size": 3, "evaluate.lr": 1}, 0.25, "ray", [{"GPU": 0.25}, *[{"CPU": 1.0, "GPU": 0.75}] * 2]),
         ({"voting.size": 3}, 0.25, "local", [{"CPU": 1.0, "GPU": 0.25}]),
     ],
 )  # fmt: skip
@@ -277,3 +277,29 @@ def test_a_sweep_in_an_object_store(tiny, tmp_path, ray_runtime, monkeypatch):
         assert "hush" not in str(caught.value)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(("bundles", "places"), [([{}, {"CPU": 0.5}, {"CPU": 0.5}], 2), ([{"CPU": 1}], 0)])
+def test_a_trial_sees_the_places_it_asked_for(ray_runtime, tmp_path, bundles, places):
+    def count(config):
+        from cvdd_ray.runner.cluster import expert_share, worker_bundles
+
+        found = worker_bundles()
+        share = expert_share(load_config("digits-demo").runtime, 5).num_cpus if found else 0.0
+        tune.report({"places": len(found), "share": share})
+
+    resources = tune.PlacementGroupFactory(bundles)
+    run_config = tune.RunConfig(name="count", storage_path=str(tmp_path), verbose=0)
+    (result,) = tune.Tuner(tune.with_resources(count, resources), run_config=run_config).fit()
+    assert result.metrics["places"] == places
+    assert result.metrics["share"] == (0.166 if places else 0.0)  # three experts on half a core
+
+
+def test_more_than_the_machine_has_is_refused(tiny, tmp_path, ray_runtime):
+    config = tiny_sweep(tmp_path, tiny, space={"voting.temperature": {"grid": [1, 5]}}, workers_per_trial=9)
+    with pytest.raises(ConfigError, match=r"a trial asks for 9 CPU, this machine has 2"):
+        cvdd_ray.sweep(config, str(tmp_path / "out"))
+    config = tiny_sweep(tmp_path, tiny, space={"evaluate.eta": {"grid": [1, 2]}}, gpus_per_trial=0.5)
+    with pytest.raises(ConfigError, match=r"0\.5 GPU, this machine has 0"):
+        cvdd_ray.sweep(config, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -77,11 +77,15 @@ def test_many_trials_are_cut(shown):
     assert shown.detail.splitlines()[-1].strip() == "and 28 more"
 
 
-def test_an_interruption_is_noticed(display):
-    display.finish([trial("a", 4, Trial.TERMINATED)])
-    assert not display.was_interrupted
-    display.finish([trial("a", 4, Trial.TERMINATED), trial("b", 4, Trial.PENDING)])
+def test_an_interruption_is_noticed(shown):
+    display = SweepDisplay(shown, 2)
+    assert not display.was_interrupted  # a restored sweep that was complete takes no step
+    display.step([trial("a", 4, Trial.TERMINATED)])
+    assert display.was_interrupted  # the second trial was never made
+    display.step([trial("a", 4, Trial.TERMINATED), trial("b", 4, Trial.PENDING)])
     assert display.was_interrupted
+    display.step([trial("a", 4, Trial.TERMINATED), trial("b", 4, Trial.ERROR)])
+    assert not display.was_interrupted
 
 
 def test_the_callback_travels_without_its_display(display, monkeypatch):

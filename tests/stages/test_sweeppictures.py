@@ -11,14 +11,22 @@ from PIL import Image
 from cvdd_ray.recipes import validate
 from cvdd_ray.stages import sweeppictures
 from cvdd_ray.stages.pictures import DPI
-from cvdd_ray.stages.sweeppictures import CUT, DOTS, FINISHED, WINNER, learning_figure, parallel_figure, values_figure
+from cvdd_ray.stages.sweeppictures import (
+    CUT,
+    DOTS,
+    FINISHED,
+    NOTHING,
+    WINNER,
+    learning_figure,
+    parallel_figure,
+    values_figure,
+)
 from cvdd_ray.stages.sweepsummary import SweepSummary, Trial, default_point
 from cvdd_ray.sweepconfig import SweepConfig
 
 FIGURES = (values_figure, parallel_figure, learning_figure)
 TEMPERATURES = {"evaluate.temperature": {"grid": [1, 4, 10, 20]}}
 WEIGHTINGS = {"voting.weighting": {"choice": ["prior", "equal", "random"]}, "evaluate.lr": {"loguniform": [1e-4, 1e-2]}}
-NOTHING = "no trial has finished"
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -141,7 +149,7 @@ def test_every_sweep_can_be_drawn(case, function, figure_of):
         assert (NOTHING in [text.get_text() for text in panel.texts]) is not has_finished
         count = sum(len(dots(panel, role)) for role in DOTS) if function is values_figure else len(lines(panel))
         assert count == drawn
-    assert (WINNER in legend(figure)) is has_finished
+    assert any(text.startswith(WINNER) for text in legend(figure)) is has_finished
     assert (CUT in legend(figure)) is (drawn > 0 and any(t.curve and t.state != "finished" for t in summary.trials))
 
 
@@ -188,9 +196,19 @@ def test_values_of_single_students_have_no_bars(figure_of):
     assert FINISHED in legend(figure)
 
 
+def test_bars_are_explained_once(figure_of):
+    bar = "(bar: std over its students)"
+    assert [text for text in legend(figure_of(values_figure, temperatures(1, 2, std=1.0))) if bar in text] == [
+        f"{FINISHED} {bar}"
+    ]
+    assert [text for text in legend(figure_of(values_figure, temperatures(1, std=1.0))) if bar in text] == [
+        f"{WINNER} {bar}"
+    ]
+
+
 @pytest.mark.parametrize("function", FIGURES)
 def test_the_winner_has_finished(function, figure_of):
-    better = trial("b", AT_20, 10, 90, state="stopped")
+    better = trial("b", AT_20, 10, 90, std=1.0, state="stopped")
     figure = figure_of(function, summary_of(TEMPERATURES, trial("a", AT_4, 10, 30), better))
     panel = figure.axes[0]
     if function is values_figure:
@@ -220,6 +238,7 @@ def test_values_that_are_shared_have_mean_and_std_over_trials(values, figure_of)
     expected = [end for m, s in zip((means[0], means[2]), stds, strict=True) for end in (m - s, m + s)]
     assert [end for bar in bars(panel, "mean") for end in bar] == pytest.approx(expected)
     assert "mean of a value (shaded: std over trials)" in legend(figure)
+    assert dots(panel, WINNER) == [(at[0], 58.0)]
     near = [x for x, a in dots(panel, FINISHED) if a in accuracies[values[0]]]
     assert len(set(near)) == 2  # side by side, so that bars can be told apart
     assert near == pytest.approx([at[0]] * 2, abs=0.05)
@@ -363,15 +382,27 @@ def test_parallel_lines_pass_the_values_and_end_at_the_accuracy(figure_of):
     figure = figure_of(parallel_figure, summary_of(WEIGHTINGS, *trials))
     panel = figure.axes[0]
     assert {name: list(line.get_ydata()) for name, line in lines(panel).items()} == {
-        "a": pytest.approx([5 / 6, 1, 1], abs=1e-3),
-        "b": pytest.approx([1 / 6, 0.5, 0.5], abs=1e-3),
-        "c": pytest.approx([3 / 6, 0, 0], abs=1e-3),
+        "a": pytest.approx([5 / 6, 1, 1], abs=0.01),
+        "b": pytest.approx([1 / 6, 0.5, 0.5], abs=0.01),
+        "c": pytest.approx([3 / 6, 0, 0], abs=0.01),
     }
     assert legend(figure) == [CUT, FINISHED, WINNER]
     texts = [(text.get_text(), round(text.get_position()[1], 2)) for text in panel.texts]
     assert [text for text, _ in texts[:4]] == ["voting\nweighting", "prior", "equal", "random"]
     assert texts[4:8] == [("evaluate\nlr", 1.04), ("0.0001", 0.0), ("0.001", 0.5), ("0.01", 1.0)]
     assert texts[8:] == [("hold-out\naccuracy in %", 1.04), *[(str(40 + 5 * k), k / 4) for k in range(5)]]
+
+
+@pytest.mark.parametrize("function", [parallel_figure, learning_figure])
+def test_trials_that_were_stopped_leave_the_colours_to_the_others(function, figure_of):
+    trials = [trial("a", EQUAL, 10, 60), trial("b", EQUAL, 10, 55), trial("c", EQUAL, 10, 50)]
+    stopped = trial("d", EQUAL, 1, state="stopped")
+    few, all_four = (
+        {name: to_hex(line.get_color()) for name, line in lines(figure_of(function, summary).axes[0]).items()}
+        for summary in (summary_of(WEIGHTINGS, *trials), summary_of(WEIGHTINGS, *trials, stopped))
+    )
+    assert len(set(few.values())) == 3
+    assert all_four == few | {"d": few["c"]}
 
 
 # --- learning curves

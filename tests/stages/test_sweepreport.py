@@ -25,7 +25,7 @@ def config(make_config):
 def row(trial, state, epoch, accuracy, temperature=4, voting="size=1"):
     return {
         "trial": trial, "state": state, "epoch": epoch, "epochs": 10, "holdout_accuracy": accuracy, "holdout_std": 1.0,
-        "train_loss": 0.5, "train_agreement": 90.0, "lr": 0.001, "seconds": 2.5, "history": '[[0, {"lr": 0.001}]]',
+        "train_loss": 0.5, "train_agreement": 90.0, "lr": 0.001, "seconds": 2.5, "history": '[[0, {"lr": 0.001}]]', "error": None,
         "holdout_accuracies": [accuracy - 1, accuracy + 1], "point": {"evaluate.temperature": temperature, "voting": voting},
     }  # fmt: skip
 
@@ -34,7 +34,13 @@ def failed(trial):
     nothing = dict.fromkeys(
         ("holdout_accuracy", "holdout_std", "train_loss", "train_agreement", "lr", "seconds", "history")
     )
-    return {**row(trial, "failed", 0, 0.0), **nothing, "holdout_accuracies": [], "epochs": 0}
+    return {
+        **row(trial, "failed", 0, 0.0),
+        **nothing,
+        "holdout_accuracies": [],
+        "epochs": 0,
+        "error": "the loss is not finite",
+    }
 
 
 ROWS = [
@@ -108,6 +114,7 @@ def test_the_report_has_tables_and_pictures(store):
     assert "| 20 | weighting=equal | 10/10 | 61.5 ± 1.0 | finished |" in text
     assert "4 (2 finished, 1 stopped early, 1 failed), 2 students each" in text
     assert "Not tested." in text
+    assert "- first failure: evaluate.temperature=4, voting=size=1: the loss is not finite" in text
     assert store.read("report/values.png").startswith(b"\x89PNG")
 
 
