@@ -83,7 +83,7 @@ class RestorablePBT(PopulationBasedTraining):
 def recorded_results(trial: Trial) -> list[dict]:
     """Return what a trial has reported in earlier sessions, epoch by epoch; nothing for a new one."""
     storage = trial.storage
-    if storage is None or not trial.last_result:
+    if storage is None or storage.trial_dir_name is None:
         return []
     try:
         with storage.storage_filesystem.open_input_stream(f"{storage.trial_fs_path}/{EXPR_RESULT_FILE}") as stream:

@@ -25,7 +25,9 @@ def trial(tmp_path, name, accuracies=()):
     rows = [{"epoch": epoch, "holdout_accuracy": value} for epoch, value in enumerate(accuracies, 1)]
     if rows:
         (folder / "result.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    storage = SimpleNamespace(storage_filesystem=LocalFileSystem(), trial_fs_path=str(folder))
+    storage = SimpleNamespace(
+        storage_filesystem=LocalFileSystem(), trial_fs_path=str(folder), trial_dir_name=name if rows else None
+    )
     return SimpleNamespace(trial_id=name, storage=storage, last_result=rows[-1] if rows else {})
 
 

@@ -149,6 +149,7 @@ def test_every_sweep_can_be_drawn(case, function, figure_of):
         assert (NOTHING in [text.get_text() for text in panel.texts]) is not has_finished
         count = sum(len(dots(panel, role)) for role in DOTS) if function is values_figure else len(lines(panel))
         assert count == drawn
+    assert (len(figure.axes[0].get_yticks()) == 0) is (drawn == 0)
     assert any(text.startswith(WINNER) for text in legend(figure)) is has_finished
     assert (CUT in legend(figure)) is (drawn > 0 and any(t.curve and t.state != "finished" for t in summary.trials))
 
@@ -176,7 +177,7 @@ def test_values_have_a_panel_per_setting_in_three_columns(figure_of):
     assert [panel.get_xlabel().split("\n")[0] for panel in figure.axes] == list(TEN_KEYS)
     assert {panel.get_subplotspec().get_geometry()[:2] for panel in figure.axes} == {(4, 3)}
     assert [k for k, panel in enumerate(figure.axes) if panel.get_ylabel()] == [0, 3, 6, 9]
-    assert len({panel.get_ylim() for panel in figure.axes}) == 1
+    assert all(figure.axes[0].get_shared_y_axes().joined(figure.axes[0], panel) for panel in figure.axes)
     assert len(legend(figure)) == len(set(legend(figure)))
 
 
@@ -321,12 +322,22 @@ def test_of_many_listed_values_not_all_have_a_text(figure_of):
     assert [text for text in texts if text] == [str(value) for value in range(100, 160, 3)]
 
 
+def test_the_axis_of_whole_numbers_ends_at_the_last(figure_of):
+    key = "initialize.num_crops"
+    summary = summary_of({key: {"randint": [1, 9]}}, trial("a", {key: 8.0}, 9.0), **{key: None})
+    panel = figure_of(values_figure, summary).axes[0]
+    assert dots(panel, WINNER) == [(1.0, 9.0)]
+    assert list(ticks(panel)) == ["2", "4", "6", "8"]
+
+
 def test_texts_stand_in_listed_order_turned_and_short_where_long(figure_of):
     short = summary_of(WEIGHTINGS, trial("a", {"voting.weighting": "random", "evaluate.lr": 1e-3}, 9.0))
     panel = figure_of(values_figure, short).axes[0]
     assert list(ticks(panel)) == ["prior", "equal", "random"]
     assert {text.get_rotation() for text in panel.get_xticklabels()} == {0}
-    assert dots(panel, WINNER) == [(ticks(panel)["random"], 9.0)]
+    assert dots(panel, WINNER) == dots(panel, "mean") == [(ticks(panel)["random"], 9.0)]
+    mean = next(c for c in panel.containers if c.get_label() == "mean of a value").lines[0]
+    assert (mean.get_linestyle(), mean.get_marker()) == ("None", "_"), "texts are not joined by a line"
     key = "relabel.teachers"
     committee = ["resnet18", "resnet50", "densenet121"]
     values = [committee[:1], committee, committee[:2], None]
