@@ -156,8 +156,9 @@ def test_every_sweep_can_be_drawn(case, function, figure_of):
 
 @pytest.mark.parametrize("function", FIGURES)
 def test_texts_of_users_are_not_mathematics(function, figure_of):
-    key = "data.path"
-    summary = summary_of({key: {"grid": ["$_^$", "$b^$"]}}, trial("a", {key: "$b^$"}, 1, 2), **{key: "$c^$"})
+    key = "committee.weights"
+    domain = {"grid": [{"resnet18": "$_^$"}, {"resnet18": "$b^$"}]}
+    summary = summary_of({key: domain}, trial("a", {key: "resnet18=$b^$"}, 1, 2), **{key: "$c^$"})
     title = "two $signs^$ and more words than a figure of this width can take in a single line, as a path may have"
     assert figure_of(function, summary, title).get_suptitle().replace("\n", " ") == title
 
