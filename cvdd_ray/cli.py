@@ -32,7 +32,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. synthesize.iterations=500."),
 ]
 OutOption = Annotated[
-    str | None, typer.Option("--out", metavar="DIR", help="Directory of the run; default runs/RECIPE.")
+    str | None, typer.Option("--out", metavar="DIR", help="Directory (or s3:// URI) of the results; default runs/NAME.")
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Join this Ray cluster (e.g. auto) instead of starting one here.")
@@ -42,7 +42,7 @@ ReuseOption = Annotated[
     typer.Option("--reuse", metavar="DIR", help="Take over fitting stages of another run or sweep; may be repeated."),
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace stages that were made with other settings.")
+    bool, typer.Option("--overwrite", help="Replace what was made with other settings.")
 ]
 
 
