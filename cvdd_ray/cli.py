@@ -41,9 +41,7 @@ ReuseOption = Annotated[
     list[str] | None,
     typer.Option("--reuse", metavar="DIR", help="Take over fitting stages of another run or sweep; may be repeated."),
 ]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what was made with other settings.")
-]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what was made with other settings.")]
 
 
 @app.command("run")
