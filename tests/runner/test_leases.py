@@ -56,6 +56,7 @@ def test_a_silent_holder_loses_its_lease_and_a_renewing_one_keeps_it(desk, clock
 
 def test_processes_take_turns(ray_runtime, tmp_path):
     store = Store(str(tmp_path))
+    desk = lease_desk(store)  # ends with the process that was the first to ask: this one
 
     def work(name):
         with leased(lease_desk(store), ["stage"]):
@@ -68,6 +69,7 @@ def test_processes_take_turns(ray_runtime, tmp_path):
     ray.get([task.remote(name) for name in names])
     spans = sorted((float(store.read(f"{name}-begin")), float(store.read(f"{name}-end"))) for name in names)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    assert ray.get(desk.acquire.remote(["stage"], "next"))
 
 
 def test_a_lease_is_returned_after_an_error(ray_runtime, tmp_path):
