@@ -161,7 +161,8 @@ class TrialStudents:
             for seed, training in enumerate(self._trainings)
             for name, value in training.state().items()
         }
-        about = {"history": json.dumps(self._history()), "asked": json.dumps(self._asked)}
+        about = {"history": self._history(), "asked": self._asked, "last": self._last}
+        about = {name: json.dumps(value) for name, value in about.items()}
         return save_tensors(tensors, metadata=about)
 
     def load(self, data: bytes) -> None:
@@ -172,6 +173,7 @@ class TrialStudents:
             prefix = f"{seed}/"
             training.load({n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)})
         (_, first), *phases = json.loads(header["history"])
+        self._last = tuple(json.loads(header["last"]))
         asked_then = json.loads(header["asked"])
         changes = {name: value for name, value in self._asked.items() if value != asked_then[name]}
         phases = [(epoch, changed) for epoch, changed in phases] + ([(self.next_epoch, changes)] if changes else [])
@@ -198,7 +200,10 @@ def run_trial(
     keep_last: bool = False,
 ) -> None:
     """Train to the last epoch. `report` gets a measurement every `report_every` epochs and after the last, and with it a
-    state every `checkpoint_every` epochs (after the last only with `keep_last`)."""
+    state every `checkpoint_every` epochs (after the last only with `keep_last`). Students that were taken up after their
+    last epoch (population-based training copies finished ones, too) are measured once."""
+    if students.next_epoch == students.epochs:
+        report(students.measure(), None)
     while students.next_epoch < students.epochs:
         students.run_epoch()
         done, is_last = students.next_epoch, students.next_epoch == students.epochs
