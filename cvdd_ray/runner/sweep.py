@@ -238,8 +238,9 @@ def _write_results(config: SweepConfig, store: Store, results: tune.ResultGrid) 
     if not any(row["state"] == "finished" for row in rows):
         errors = [mendable(result.error) for result in results if result.error]
         if not errors:
+            reached = ", ".join(f"{row['trial']}: {row['epoch']} of {row['epochs']}" for row in rows[-8:])
             raise ConfigError(
-                "sweep: no trial reached its last epoch; lower sweep.reduction_factor or use scheduler fifo"
+                f"sweep: no trial reached its last epoch ({reached}); lower sweep.reduction_factor or use scheduler fifo"
             )
         raise errors[0]
     store.write(RESULTS, results_table(config, rows))

@@ -183,6 +183,13 @@ def test_reports_come_at_their_cadence_after_the_last_epoch_and_with_every_state
     assert [(report.epoch, state is not None) for report, state in reports] == [(3, True), (4, False), (6, True)]
 
 
+def test_finished_students_that_are_taken_up_are_measured_once(base, pool):
+    last, state = measured(students(base, pool), checkpoint_every=6, keep_last=True)[-1]
+    copy = students(base, pool)
+    copy.load(state)
+    assert measured(copy) == [(last, None)]
+
+
 def test_metrics_are_plain_values(base, pool):
     metrics = measured(students(base, pool))[-1][0].metrics()
     assert metrics["holdout_accuracy"] == pytest.approx(
