@@ -250,6 +250,8 @@ def _rows(config: SweepConfig, result: Any) -> list[dict[str, Any]]:
     """Return one row per measured epoch of a trial; an epoch measured again after a restart counts once, the last time."""
     frame = result.metrics_dataframe
     found = {int(m["epoch"]): m for m in frame.to_dict("records")} if frame is not None and "epoch" in frame else {}
+    if "epoch" in (result.metrics or {}):  # what Tune itself remembers, should the trial's file lag behind
+        found.setdefault(int(result.metrics["epoch"]), result.metrics)
     last = max(found, default=0)
     epochs = int(found[last]["epochs"]) if found else 0
     state = "failed" if result.error else "finished" if last == epochs else "stopped"
