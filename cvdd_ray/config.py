@@ -241,6 +241,9 @@ class Phase(Section):
         return self.model_dump(exclude={"from_epoch"}, exclude_none=True)
 
 
+MUTABLE_SETTINGS = tuple(name for name in Phase.model_fields if name != "from_epoch")  # may change in mid-training
+
+
 class EvaluateConfig(Section):
     students: tuple[str, ...] = ("resnet18",)
     """Networks trained from scratch on the distilled set."""

@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cvdd_ray.config import NonNegative, Positive, RunConfig, Section
+from cvdd_ray.config import MUTABLE_SETTINGS, NonNegative, Positive, RunConfig, Section
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import load_config, with_settings, without_place
 from cvdd_ray.space import MAX_GRID, Domain, Space, label, samples
 
-MUTABLE = ("evaluate.lr", "evaluate.weight_decay", "evaluate.eta", "evaluate.temperature")  # also in mid-training
+MUTABLE = tuple(f"evaluate.{name}" for name in MUTABLE_SETTINGS)
+CHECKPOINT_EVERY = 10  # epochs
 TRIED = 256  # points of a random space that are checked before anything starts
 
 
@@ -45,10 +46,10 @@ class SearchConfig(Section):
     gpus_per_trial: NonNegative | None = None
     """GPU share of a trial's students; None: a quarter where there are GPUs; 0 keeps them on the CPU."""
     workers_per_trial: Positive = 1
-    """Places for a trial's expert actors and tasks (a GPU each, or `runtime.threads_per_actor` cores); only trials that
-    make stages anew take them."""
+    """Places for a trial's expert actors and tasks (`runtime.threads_per_actor` cores each, and what `gpus_per_trial`
+    leaves of a GPU); only trials that make stages anew take them."""
     max_failures: Annotated[int, Field(ge=0)] = 1
-    """How often a trial whose process died is tried again from its checkpoint."""
+    """How often a trial that failed is tried again from its checkpoint."""
     loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Where else results go, beside TensorBoard and the tables: Weights & Biases, MLflow (extras of the package)."""
 

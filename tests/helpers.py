@@ -32,6 +32,18 @@ def tiny_net(seed=0, num_classes=4, width=4, norm=nn.BatchNorm2d, dropout=0.0):
     return net.eval()
 
 
+class Listener(nn.Module):
+    """A linear classifier of mean colours that shows every batch it is given, and itself, to `hear`."""
+
+    def __init__(self, num_classes, hear):
+        super().__init__()
+        self.linear, self._hear = nn.Linear(3, num_classes), hear
+
+    def forward(self, x):
+        self._hear(x, self)
+        return self.linear(x.mean((2, 3)))
+
+
 def two_group_norm(channels):
     return nn.GroupNorm(2, channels)
 

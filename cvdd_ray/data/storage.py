@@ -3,6 +3,8 @@
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -72,16 +74,10 @@ class Store:
             with self._fs.open_output_stream(path) as stream:
                 stream.write(content)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with open(temporary, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with _replacing(path) as temporary, open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def take(self, source: "Store", there: str, here: str) -> None:
         """Take a file over from another store: a hard link on one disk, a copy otherwise; whole or not at all.
@@ -91,18 +87,13 @@ class Store:
         if not (self.is_local and source.is_local):
             self.write(here, source.read(there))
             return
-        path = self.path(here)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            os.link(source.path(there), temporary)
-            os.replace(temporary, path)
+            with _replacing(self.path(here)) as temporary:
+                os.link(source.path(there), temporary)
         except FileNotFoundError:
             raise source._absent(there) from None
         except OSError:  # another disk, or one without links
             self.write(here, source.read(there))
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
     @property
     def has_secrets(self) -> bool:
@@ -141,6 +132,18 @@ class Store:
     def display(self, name: str) -> str:
         """Return root and name for a message, without credentials."""
         return f"{_without_secrets(self.root).rstrip('/')}/{name}"
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    """Give a temporary name in the folder of `path`; what is there at the end takes its place, after an error nothing does."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _without_secrets(uri: str) -> str:

@@ -95,9 +95,8 @@ def recorded_results(trial: Trial) -> list[dict]:
 
 
 def _asha(c: SweepConfig) -> Any:
-    epochs = c.student_epochs
     return RestorableASHA(
-        time_attr="epoch", max_t=epochs, grace_period=c.sweep.grace_epochs or max(1, epochs // 8),
+        time_attr="epoch", max_t=c.student_epochs, grace_period=c.sweep.grace_epochs or _an_eighth(c),
         reduction_factor=c.sweep.reduction_factor or 3,
     )  # fmt: skip
 
@@ -120,7 +119,11 @@ SCHEDULERS: dict[str, Callable[[SweepConfig], Any]] = {"fifo": lambda c: FIFOSch
 
 def perturb_epochs(c: SweepConfig) -> int:
     """Return the epochs between two perturbations of population-based training."""
-    return c.sweep.perturb_epochs or max(1, c.student_epochs // 8)
+    return c.sweep.perturb_epochs or _an_eighth(c)
+
+
+def _an_eighth(c: SweepConfig) -> int:
+    return max(1, c.student_epochs // 8)
 
 
 def _wandb(project: str) -> Any:

@@ -42,10 +42,9 @@ from cvdd_ray.stages.sweepsummary import (
     results_table,
     trial_run_config,
 )
-from cvdd_ray.stages.trial import prepare, untouched_stages, with_history
-from cvdd_ray.sweepconfig import TRIED, SweepConfig, named
+from cvdd_ray.stages.trial import prepare, run_beside, untouched_stages, with_history
+from cvdd_ray.sweepconfig import CHECKPOINT_EVERY, TRIED, SweepConfig, named
 
-CHECKPOINT_EVERY = 10  # epochs
 TUNE = "tune"  # Tune's own folder: trial storage, TensorBoard files
 
 
@@ -89,7 +88,7 @@ def sweep(
             quiet_tune()
         runtime = RayRuntime(config.runtime) if config.runtime.engine == "ray" else LocalRuntime()
         artifacts = Artifacts(store, variants=True, sources=sources, exclusive=partial(leased, lease_desk(store)))
-        run_of = partial(_run_of, artifacts=artifacts, base=base, runtime=runtime, progress=progress, real=first.real)
+        run_of = partial(run_beside, base, first.real, artifacts=artifacts, runtime=runtime, progress=progress)
         _check_room(config, base)
         store.write(SWEEP, dump_config(without_place(config)).encode())
         prepare(run_of, base, {}, untouched_stages(list(config.sweep.space)))
@@ -170,11 +169,6 @@ def _check_room(config: SweepConfig, base: RunConfig) -> None:
             )
 
 
-def _run_of(config: RunConfig, *, artifacts, base, runtime, progress, real) -> Run:
-    same = (config.data, config.seed) == (base.data, base.seed)
-    return Run(config, artifacts, runtime=runtime, progress=progress, real=real if same else None)
-
-
 def _trainable(config: SweepConfig, base: RunConfig, store: Store, reuse: Sequence[str], real: RealData) -> Callable:
     """Return the trainable of this sweep's trials. Its real data comes without test images: no trial can see them."""
     s, is_pbt = config.sweep, config.sweep.scheduler == "pbt"
@@ -199,10 +193,8 @@ def _run_trials(
     display = DisplayCallback.current = SweepDisplay(progress, config.num_trials())
     progress.start("sweep", config.num_trials(), "trials")
     c = config.sweep
-    has_begun = any(
-        name.startswith(f"{TUNE}/experiment_state") for name in store.names(TUNE)
-    )  # there is a first snapshot
-    if has_begun and tune.Tuner.can_restore(there, storage_filesystem=filesystem):
+    has_snapshot = any(name.startswith(f"{TUNE}/experiment_state") for name in store.names(TUNE))
+    if has_snapshot and tune.Tuner.can_restore(there, storage_filesystem=filesystem):
         tuner = tune.Tuner.restore(
             there,
             trainable=function,

@@ -40,12 +40,14 @@ class SweepDisplay:
         self.was_interrupted = False
 
     def result(self, trial: Trial, metrics: Mapping[str, Any]) -> None:
+        """Take note of what a trial has reported."""
         row = self._rows.setdefault(trial.trial_id, Row(trial.config))
         row.point, row.state = dict(trial.config), "running"
         row.epoch, row.epochs, row.accuracy = metrics["epoch"], metrics["epochs"], metrics[METRIC]
         self._show()
 
     def end(self, trial: Trial) -> None:
+        """Take note that a trial has ended, at its last epoch, early or in failure."""
         row = self._rows.setdefault(trial.trial_id, Row(trial.config))
         row.state = "failed" if trial.status == Trial.ERROR else "done" if row.epoch == row.epochs else "stopped"
         self._show()
@@ -67,7 +69,7 @@ class SweepDisplay:
         self._progress.update(sum(row.share for row in self._rows.values()), self.note(), self.table())
 
     def note(self) -> str:
-        """Return one line: the best trial that has reached the most epochs, and how many are in which state."""
+        """Return one line: the best finished trial, or else the best so far, and how many are in which state."""
         states = [row.state for row in self._rows.values()]
         counts = {state: states.count(state) for state in ("running", "stopped", "failed") if state in states}
         waiting = self._num_trials - len(states)
@@ -95,7 +97,7 @@ class SweepDisplay:
         return "\n".join(f"  {line}".rstrip() for line in [*lines, *([f"and {hidden} more"] if hidden else [])])
 
     def _ranked(self) -> list[tuple[str, Row]]:
-        """Trials with a result: finished ones first, then the further ones, each by accuracy."""
+        """Trials with a result: finished ones first, then the others, each by accuracy."""
         measured = [(name, row) for name, row in self._rows.items() if row.accuracy is not None]
         return sorted(measured, key=lambda pair: (pair[1].epoch < pair[1].epochs, -pair[1].accuracy))
 

@@ -17,14 +17,16 @@ from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.cluster import task_share, worker_bundles
 from cvdd_ray.runner.leases import lease_desk, leased
+from cvdd_ray.runner.runtime import RayRuntime
 from cvdd_ray.space import Space
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.trial import FIRST_STAGE, Measurement, TrialStudents, prepare, run_trial
-from cvdd_ray.sweepconfig import settings_of
+from cvdd_ray.stages.runtime import LocalRuntime, Runtime
+from cvdd_ray.stages.sweepsummary import TRIALS
+from cvdd_ray.stages.trial import FIRST_STAGE, Measurement, TrialStudents, prepare, run_beside, run_trial
+from cvdd_ray.sweepconfig import CHECKPOINT_EVERY, settings_of
 
 METRIC = "holdout_accuracy"
 STATE = "students.safetensors"
-TRIALS = "trials"
 
 
 def trainable(
@@ -33,7 +35,7 @@ def trainable(
     *,
     seeds: int = 1,
     report_every: int = 1,
-    checkpoint_every: int = 10,
+    checkpoint_every: int = CHECKPOINT_EVERY,
     space: Space | None = None,
     reuse: Sequence[str] = (),
     real: RealData | None = None,
@@ -43,10 +45,13 @@ def trainable(
 ) -> Callable:
     """Return a Tune trainable that measures this run with the dotted settings of a trial's `config` changed.
 
-    It makes the stages a trial needs (below `out`, shared by all trials), trains `seeds` students side by side and
-    reports `holdout_accuracy` (percent, mean over the students; never the test set), `epoch` and more every
-    `report_every` epochs, with a checkpoint every `checkpoint_every`. The config must have one IPC and one student, and
-    every stage lies in `out` once: give trials that need new experts `workers_per_trial` places for their actors.
+    It makes the stages a trial needs (below `out`, shared by all trials; or taken over from runs and sweeps in `reuse`),
+    trains `seeds` students side by side and reports `holdout_accuracy` (percent, mean over the students; never the test
+    set), `epoch` and more every `report_every` epochs, with a checkpoint every `checkpoint_every` epochs (`keep_last`:
+    after the last, too). `config` must have one IPC and one student. `space` is needed where points name listed values;
+    `real` spares trials from reading the data; `gpus_per_trial` and `workers_per_trial` are those of SearchConfig.
+
+    A trial raises ConfigError for settings that do not fit together, and what the stages raise.
 
         tuner = tune.Tuner(
             cvdd_ray.trainable(config, "runs/mine"),
@@ -65,7 +70,7 @@ def trainable(
         artifacts = Artifacts(store, variants=True, sources=source_stores(sources), exclusive=exclusive)
         opened: list[Run] = []
         try:
-            run, used = prepare(lambda c: _open(opened, c, artifacts, config, real), config, values)
+            run, used = prepare(lambda wanted: _open(opened, wanted, artifacts, config, real), config, values)
             about = {
                 "values": point,
                 "stages": {stage: artifacts.folder(manifest.identity) for stage, manifest in used.items()},
@@ -113,22 +118,14 @@ def _bundle(cpus: float, gpus: float) -> dict[str, float]:
 
 
 def _open(opened: list[Run], config: RunConfig, artifacts: Artifacts, base: RunConfig, real: RealData | None) -> Run:
-    """Return the run of a configuration inside a trial, with the real data of the sweep where it is the same."""
-    same_data = (config.data, config.seed) == (base.data, base.seed)
-    run = Run(config, artifacts, start=lambda: _runtime(config), real=real if same_data else None)
-    opened.append(run)
-    return run
+    """Return the run of a configuration inside a trial, and note it among those to close."""
+    opened.append(run_beside(base, real, config, artifacts, start=lambda: _runtime(config)))
+    return opened[-1]
 
 
-def _runtime(config: RunConfig):
+def _runtime(config: RunConfig) -> Runtime:
     """Return what runs a trial's stages: actors in the trial's own places, or this process where it has none."""
-    if not worker_bundles():
-        from cvdd_ray.stages.runtime import LocalRuntime
-
-        return LocalRuntime(config.runtime.threads_per_actor)
-    from cvdd_ray.runner.runtime import RayRuntime
-
-    return RayRuntime(config.runtime)
+    return RayRuntime(config.runtime) if worker_bundles() else LocalRuntime(config.runtime.threads_per_actor)
 
 
 def _report(point: Mapping[str, Any], measured: Measurement, state: bytes | None) -> None:

@@ -1,19 +1,15 @@
 """One group of synthesis jobs as a unit of work that any process can take up, checkpoint and finish."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from cvdd_ray.core.committee import Committee
 from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group
+from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -41,23 +37,15 @@ def encode_state(state: SynthesisState) -> bytes:
         "first_moment": state.first_moment_JBCHW,
         "second_moment": state.second_moment_JBCHW,
     }
-    about = {"iteration": str(state.iteration), "trace": json.dumps(state.trace)}
-    return save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=about)
+    return write_state(tensors, {"iteration": state.iteration, "trace": state.trace})
 
 
 def decode_state(data: bytes) -> SynthesisState:
     """Return the state in safetensors bytes.  Raises ArtifactError when they are damaged."""
-    try:
-        tensors = load_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        trace = [tuple(row) for row in json.loads(header["trace"])]
-        return SynthesisState(
-            tensors["images"], tensors["first_moment"], tensors["second_moment"], int(header["iteration"]), trace
-        )
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(
-            f"a synthesis checkpoint is damaged ({error}); remove the stage's folder `partial`"
-        ) from None
+    tensors, about = read_state(data, "a synthesis checkpoint is damaged; remove the stage's folder `partial`")
+    trace = [tuple(row) for row in about["trace"]]
+    moments = tensors["first_moment"], tensors["second_moment"]
+    return SynthesisState(tensors["images"], *moments, about["iteration"], trace)
 
 
 def run_group(

@@ -107,8 +107,8 @@ def default_point(c: SweepConfig) -> dict[str, Any]:
 
 
 def results_table(c: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the results as Parquet: one row per trial and measured epoch, a column per swept setting (`(none)` as text
-    where a setting is empty), and per-student accuracies."""
+    """Return the results as Parquet: one row per trial and measured epoch, a column per swept setting (text where
+    one of its values is), and per-student accuracies in percent."""
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in FIXED_COLUMNS}
     columns["holdout_accuracies"] = pa.array([row["holdout_accuracies"] for row in rows], pa.list_(pa.float64()))
     for key in c.sweep.space:
@@ -144,6 +144,7 @@ def trials_of(c: SweepConfig, table: pa.Table) -> tuple[Trial, ...]:
 
 
 def is_sweep(store: Store) -> bool:
+    """Return whether a directory is that of a sweep."""
     return store.exists(SWEEP)
 
 

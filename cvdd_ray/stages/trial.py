@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
-from cvdd_ray.config import PriorConfig, RunConfig
+from cvdd_ray.config import MUTABLE_SETTINGS, PriorConfig, RunConfig
 from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.students import StudentTraining
 from cvdd_ray.core.training import accuracy
-from cvdd_ray.data.artifacts import Manifest
+from cvdd_ray.data.artifacts import Artifacts, Manifest
 from cvdd_ray.data.datasets import normalize
 from cvdd_ray.data.labels import SoftLabels
+from cvdd_ray.data.sources import RealData
+from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.recipes import with_settings
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import OURS, build_student, load_arms, on_device, student_settings
@@ -29,6 +29,7 @@ from cvdd_ray.stages.pretrain import pretrain
 from cvdd_ray.stages.prior import measure_priors
 from cvdd_ray.stages.real import split_for_workers, test_batches
 from cvdd_ray.stages.votes import needs_priors, read_priors
+from cvdd_ray.sweepconfig import CHECKPOINT_EVERY
 
 SHARED_STAGES = ("pretrain", "prior", "initialize", "synthesize", "relabel")
 # What a section changes first. Priors are measured with the settings of the unchanged run, unless the experts or the
@@ -39,7 +40,6 @@ FIRST_STAGE = {
     "relabel": "relabel", "evaluate": "evaluate",
 }  # fmt: skip
 UPSTREAM = {section for section, stage in FIRST_STAGE.items() if stage in ("pretrain", "prior")}
-MUTABLE_SETTINGS = ("lr", "weight_decay", "eta", "temperature")
 
 
 def untouched_stages(keys: Sequence[str]) -> tuple[str, ...]:
@@ -72,6 +72,12 @@ def prepare(
         if stage != "pretrain":  # the experts are those of the first run
             STAGES[stage](run)
     return run, {**run.artifacts.used, **used}
+
+
+def run_beside(base: RunConfig, real: RealData | None, config: RunConfig, artifacts: Artifacts, **options: Any) -> Run:
+    """Return the run of a configuration, with the real data of the unchanged run where it is the same."""
+    same_data = (config.data, config.seed) == (base.data, base.seed)
+    return Run(config, artifacts, real=real if same_data else None, **options)
 
 
 def with_given_priors(config: RunConfig, priors: Mapping[str, float]) -> RunConfig:
@@ -161,21 +167,20 @@ class TrialStudents:
             for seed, training in enumerate(self._trainings)
             for name, value in training.state().items()
         }
-        about = {"history": self._history(), "asked": self._asked, "last": self._last}
-        about = {name: json.dumps(value) for name, value in about.items()}
-        return save_tensors(tensors, metadata=about)
+        return write_state(tensors, {"history": self._history(), "asked": self._asked, "last": self._last})
 
     def load(self, data: bytes) -> None:
-        """Go on from a `state()` of the same trial, or of one that differs in what may change in mid-training."""
-        tensors = load_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        """Go on from a `state()` of the same trial, or of one that differs in what may change in mid-training.
+
+        Raises ArtifactError when it is damaged.
+        """
+        tensors, about = read_state(data, "a trial's checkpoint is damaged; drop the sweep's trials with --overwrite")
         for seed, training in enumerate(self._trainings):
             prefix = f"{seed}/"
             training.load({n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)})
-        (_, first), *phases = json.loads(header["history"])
-        self._last = tuple(json.loads(header["last"]))
-        asked_then = json.loads(header["asked"])
-        changes = {name: value for name, value in self._asked.items() if value != asked_then[name]}
+        (_, first), *phases = about["history"]
+        self._last = tuple(about["last"])
+        changes = {name: value for name, value in self._asked.items() if value != about["asked"][name]}
         phases = [(epoch, changed) for epoch, changed in phases] + ([(self.next_epoch, changes)] if changes else [])
         self._settings = replace(self._settings, **first, phases=tuple(phases))
 
@@ -196,7 +201,7 @@ def run_trial(
     report: Callable[[Measurement, bytes | None], None],
     *,
     report_every: int = 1,
-    checkpoint_every: int = 10,
+    checkpoint_every: int = CHECKPOINT_EVERY,
     keep_last: bool = False,
 ) -> None:
     """Train to the last epoch. `report` gets a measurement every `report_every` epochs and after the last, and with it a

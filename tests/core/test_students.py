@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import normal, tiny_net, two_group_norm
+from helpers import Listener, normal, tiny_net, two_group_norm
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvf
@@ -104,17 +104,9 @@ def test_a_last_batch_of_four_has_half_the_weight():
 def test_student_batchnorm_sees_groups_of_the_labels_size():
     seen = []
 
-    class Listener(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, CLASSES)
-
-        def forward(self, x):
-            seen.append((len(x), self.training))
-            return self.linear(x.mean((2, 3)))
-
+    listener = Listener(CLASSES, lambda x, net: seen.append((len(x), net.training)))
     images = normal(0, 33, 3, SIZE, SIZE)
-    train_student(Listener(), images, soft_epochs(33), settings(), lambda net: 0.0)
+    train_student(listener, images, soft_epochs(33), settings(), lambda net: 0.0)
     assert seen == [(8, True), (8, True), (8, True), (9, True)]  # 33 = 16 + 17: no image stands alone
 
 
@@ -205,17 +197,9 @@ def test_tests_come_at_their_cadence_and_after_the_last_epoch():
 def test_student_is_back_in_train_mode_after_a_test():
     modes = []
 
-    class Listener(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, CLASSES)
-
-        def forward(self, x):
-            modes.append(self.training)
-            return self.linear(x.mean((2, 3)))
-
+    listener = Listener(CLASSES, lambda x, net: modes.append(net.training))
     train_student(
-        Listener(), normal(0, 16, 3, SIZE, SIZE), soft_epochs(16), settings(epochs=3, test_every=1),
+        listener, normal(0, 16, 3, SIZE, SIZE), soft_epochs(16), settings(epochs=3, test_every=1),
         lambda net: net.eval() and 0.0,
     )  # fmt: skip
     assert modes == [True] * 6
@@ -240,16 +224,8 @@ def test_a_lone_plan_trains_without_cutmix():
     images = normal(0, 2, 3, SIZE, SIZE)
     seen = []
 
-    class Listener(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, CLASSES)
-
-        def forward(self, x):
-            seen.append(x.clone())
-            return self.linear(x.mean((2, 3)))
-
-    train_student(Listener(), images, lambda epoch: [(plan, normal(1, 2, CLASSES))], settings(), lambda net: 0.0)
+    listener = Listener(CLASSES, lambda x, net: seen.append(x.clone()))
+    train_student(listener, images, lambda epoch: [(plan, normal(1, 2, CLASSES))], settings(), lambda net: 0.0)
     assert torch.equal(torch.cat(seen), images[[1, 0]])
 
 

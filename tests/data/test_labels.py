@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from helpers import normal, tiny_net
-from torch import nn
+from helpers import Listener, normal, tiny_net
 
 from cvdd_ray.config import RelabelConfig, RunConfig
 from cvdd_ray.core.softlabels import Teacher, batch_views, committee_logits, epoch_plans
@@ -97,20 +96,12 @@ def test_students_see_what_teachers_were_shown_bit_for_bit(labelled):
     """Through the file on disk and the student's training loop: crop, flip, CutMix and order."""
     seen = []
 
-    class Student(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, CLASSES)
-
-        def forward(self, x):
-            seen.append(x.clone())
-            return self.linear(x.mean((2, 3)))
-
+    student = Listener(CLASSES, lambda x, net: seen.append(x.clone()))
     settings = StudentSettings(
         epochs=EPOCHS, batch_size=16, bn_group=8, lr=0.1, weight_decay=0.0, eta=1.0, temperature=20.0, test_every=1
     )
     stored = normalize(torch.from_numpy(labelled.images), INFO)
-    train_student(Student(), stored, labelled.labels.epoch, settings, lambda net: 0.0)
+    train_student(student, stored, labelled.labels.epoch, settings, lambda net: 0.0)
     shown = [batch for epoch in labelled.shown for batch in epoch]
     assert [len(batch) for batch in shown] == EPOCHS * labelled.sizes
     assert torch.equal(torch.cat(seen), torch.cat(shown))
