@@ -53,7 +53,9 @@ EARLIER = {
 def test_after_a_restart_asha_judges_by_what_trials_had_at_the_rung(tmp_path, asha):
     """Trials that have gone on to 90 % had 60 % at the rung of epoch 4: a new one with 65 % there is a good one."""
     for name, accuracies in EARLIER.items():
-        asha.on_trial_add(None, trial(tmp_path, name, accuracies))
+        resumed = trial(tmp_path, name, accuracies)
+        asha.on_trial_add(None, resumed)
+        decide(asha, resumed, 7, 91.0)
     new = trial(tmp_path, "new")
     asha.on_trial_add(None, new)
     assert decide(asha, new, 4, 65.0) == TrialScheduler.CONTINUE

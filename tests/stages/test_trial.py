@@ -205,7 +205,11 @@ def test_settings_changed_on_the_way_are_remembered_and_can_be_repeated(base, po
     states = [state for _, state in measured(first, checkpoint_every=2) if state]
     changed = students(base, pool, {"evaluate.lr": 0.02, "evaluate.temperature": 5.0}, seeds=1)
     changed.load(states[0])
-    reports = [report for report, _ in measured(changed)]
+    both = measured(changed, checkpoint_every=4)
+    reports = [report for report, _ in both]
+    resumed = students(base, pool, {"evaluate.lr": 0.02, "evaluate.temperature": 5.0}, seeds=1)
+    resumed.load(both[1][1])  # the same settings as it was saved with: nothing changes once more
+    assert [report for report, _ in measured(resumed)] == reports[2:]
     assert reports[-1].history[1:] == ((2, {"lr": 0.02, "temperature": 5.0}),)
     replayed = with_history(base, reports[-1].history)
     assert replayed.evaluate.phases[0].from_epoch == 2
