@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvdd_ray.core.augment import Views, apply_views, draw_boxes
+from cvdd_ray.core.keys import generator
+
+
+def noise_image(seed: int, image_index: int, label: int, size: int) -> Tensor:
+    """Return one image (C, S, S) from N(0, 1) in normalised space: a function of (seed, index, label)."""
+    return torch.randn((3, size, size), generator=generator(seed, "noise", image_index, label))
 
 
 def random_patches(image_CHW: Tensor, num_crops: int, patch_size: int, draw: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 Legend: N images of the set, B images of a batch, K classes, S pixels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from cvdd_ray.core.augment import Views, apply_views, cutmix, draw_cutmix_box, draw_views
 from cvdd_ray.core.batchnorm import GroupBatchNorm, with_batchnorm_replaced
 from cvdd_ray.core.keys import generator
+
+MAX_IMAGES = 512  # in one call of a teacher
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ def group_sizes(batch: int, bn_group: int) -> list[int]:
     return sizes
 
 
+def batches_together(batch_size: int, bn_group: int, max_images: int = MAX_IMAGES) -> int:
+    """Return how many batches `committee_logits` may be given at once instead of all: it then makes the same calls."""
+    per_call = max(1, max_images // bn_group)
+    per_batch = max(1, batch_size // bn_group)
+    return per_call // math.gcd(per_call, per_batch)
+
+
 class Teacher:
     """A frozen expert that writes logits; in `batch` mode every BatchNorm uses its group's own statistics (BSSL).
 
@@ -93,7 +103,7 @@ def committee_logits(
     weights: Sequence[float],
     batches: Sequence[Tensor],
     bn_group: int,
-    max_images: int = 512,
+    max_images: int = MAX_IMAGES,
 ) -> list[Tensor]:
     """Return the weighted sum of the teachers' logits (fp32, (B, K) each) for every batch.
 

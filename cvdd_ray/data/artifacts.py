@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cvdd_ray.data.storage import Store
+from cvdd_ray.data.storage import PART_BYTES, Store
 from cvdd_ray.errors import ArtifactError
 
 SCHEMA_VERSION = 1
@@ -58,6 +58,15 @@ class Manifest:
     def content(self) -> str:
         """Content hash of the artifact: depends on the files alone, not on when or how fast they were made."""
         return sha256(json.dumps(self.files, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of a stage that lies in the stage's partial folder already, written by a worker: its name in the store and
+    its sha256."""
+
+    name: str
+    sha256: str
 
 
 class Artifacts:
@@ -121,20 +130,32 @@ class Artifacts:
         with self._exclusive(sorted(self.folder(plan.identity()) for plan in plans)):
             yield
 
-    def commit(self, plan: StagePlan, files: Mapping[str, bytes], *, wall_s: float, facts: Mapping) -> Manifest:
-        """Write the files, then the manifest, then drop the partial results; return the manifest."""
+    def commit(
+        self, plan: StagePlan, files: Mapping[str, bytes | Written], *, wall_s: float, facts: Mapping
+    ) -> Manifest:
+        """Write the files, or take those over that workers have written, then the manifest, then drop the partial results;
+        return the manifest."""
         folder = self.folder(plan.identity())
+        replaced = read_manifest(self.store, folder, plan.stage)
         self.store.delete(f"{folder}/{MANIFEST}")
+        digests = {}
         for name, content in files.items():
-            self.store.write(f"{folder}/{name}", content)
+            if isinstance(content, Written):
+                self.store.take(self.store, content.name, f"{folder}/{name}")
+                digests[name] = content.sha256
+            else:
+                self.store.write(f"{folder}/{name}", content)
+                digests[name] = sha256(content)
         manifest = Manifest(
             identity=plan.identity(),
-            files={name: sha256(content) for name, content in files.items()},
+            files=digests,
             facts=dict(facts),
             wall_s=round(wall_s, 3),
             versions=software_versions(),
         )
         self.store.write(f"{folder}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode())
+        for name in set(replaced.files if replaced else ()) - set(digests):
+            self.store.delete(f"{folder}/{name}")
         self.store.delete_folder(f"{folder}/partial")
         self.used[plan.stage] = manifest
         return manifest
@@ -157,7 +178,7 @@ class Artifacts:
         path = f"{self.folder(manifest.identity)}/{name}"
         digest = hashlib.sha256()
         with self.store.open(path) as file:
-            while chunk := file.read(1 << 24):
+            while chunk := file.read(PART_BYTES):
                 digest.update(chunk)
         self._require_digest(manifest, name, digest.hexdigest())
         return path

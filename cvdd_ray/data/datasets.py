@@ -4,12 +4,15 @@ Shapes: N images, C = 3 channels (RGB), H W pixels.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cvdd_ray.config import DataConfig
 from cvdd_ray.errors import ConfigError
 
+NORMALIZED_BYTES = 1 << 30
 SMALL_SIDE = 64
 """Up to this input side images are used as they are; above it they are resized and cropped (spec section 1)."""
 
@@ -100,7 +103,7 @@ def _usual_roll(size: int) -> int:
     return 4 if size <= SMALL_SIDE else 32
 
 
-def normalize(images: torch.Tensor, info: DatasetInfo) -> torch.Tensor:
+def normalize(images: torch.Tensor, info: "DatasetInfo | Normalization") -> torch.Tensor:
     """Pixels uint8 (N, 3, H, W) -> network input float32 (N, 3, H, W): (pixel / 255 - mean) / std.
 
     Raises TypeError for anything but uint8, which would silently be scaled wrongly. Source: spec section 1.
@@ -109,6 +112,36 @@ def normalize(images: torch.Tensor, info: DatasetInfo) -> torch.Tensor:
         raise TypeError(f"normalize takes uint8 pixels, got {images.dtype}; floats count as normalised already")
     mean, std = _mean_std(info, images.device)
     return (images.to(torch.float32) / 255 - mean) / std
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation of R, G, B for pixels scaled to [0, 1], where no more of a dataset is known."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Pixels:
+    """uint8 images (N, 3, S, S) on a device that are normalised as they are picked: a quarter of the memory."""
+
+    def __init__(self, images: torch.Tensor, info: DatasetInfo | Normalization):
+        self._images, self._info = images, info
+        self.shape, self.device = images.shape, images.device
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        return normalize(self._images[index], self._info)
+
+
+def network_inputs(
+    images: np.ndarray, info: DatasetInfo | Normalization, device: torch.device
+) -> "torch.Tensor | Pixels":
+    """Return uint8 images (N, 3, S, S) on `device`, to be indexed by a tensor of rows for normalised float32 images:
+    normalised beforehand as long as they take at most 1 GiB, with equal bits either way."""
+    pixels = torch.from_numpy(np.array(images)).to(device)
+    return normalize(pixels, info) if 4 * pixels.numel() <= NORMALIZED_BYTES else Pixels(pixels, info)
 
 
 def denormalize(x: torch.Tensor, info: DatasetInfo) -> torch.Tensor:
@@ -126,6 +159,6 @@ def pixel_bounds(info: DatasetInfo) -> tuple[torch.Tensor, torch.Tensor]:
     return -mean / std, (1 - mean) / std
 
 
-def _mean_std(info: DatasetInfo, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_std(info: DatasetInfo | Normalization, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (info.mean, info.std))
     return mean, std

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cvdd_ray.core.softlabels import batch_views
-from cvdd_ray.data.artifacts import Artifacts
+from cvdd_ray.data.artifacts import MANIFEST, Artifacts
+from cvdd_ray.data.datasets import Normalization, network_inputs, normalize
 from cvdd_ray.data.imagesets import ImageSet, read_image_set
 from cvdd_ray.data.labels import SoftLabels
+from cvdd_ray.data.shards import load_images, open_labels, shard_files
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 
-IMAGES_NAME, LABELS_NAME = "distilled.arrow", "labels.arrow"
+IMAGES, LABELS = "distilled", "labels"
 
 
 class DistilledDataset(Dataset):
@@ -27,6 +29,7 @@ class DistilledDataset(Dataset):
         self.images, self.labels = images, labels
         self.pixels_NCSS = torch.from_numpy(images.images_NCHW.copy())
         self.classes = images.classes
+        self.normalization = Normalization(*(tuple(images.metadata[name]) for name in ("mean", "std")))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -36,8 +39,7 @@ class DistilledDataset(Dataset):
 
     def normalized(self) -> Tensor:
         """Return all images (N, C, S, S) as float32 network input, with the mean and std stored beside them."""
-        mean, std = (torch.tensor(self.images.metadata[name])[:, None, None] for name in ("mean", "std"))
-        return (self.pixels_NCSS.to(torch.float32) / 255 - mean) / std
+        return normalize(self.pixels_NCSS, self.normalization)
 
     def soft_batches(self, epoch: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (views_BCSS, logits_BK) of one epoch: exactly the views the teachers labelled, in their order.
@@ -46,7 +48,7 @@ class DistilledDataset(Dataset):
         """
         if self.labels is None:
             raise ArtifactError("this distilled set has no soft labels; make them with `cvdd relabel`")
-        pixels = self.normalized().to(device)
+        pixels = network_inputs(self.images.images_NCHW, self.normalization, torch.device(device))
         for plan, logits_BK in self.labels.epoch(epoch):
             yield batch_views(pixels, plan), logits_BK.to(device)
 
@@ -64,7 +66,7 @@ def load_distilled(path: str, ipc: int | None = None) -> DistilledDataset:
     if "://" not in path and not Path(path).is_dir():
         raise ArtifactError(f"{path}: no such directory; give a run's directory or the .arrow file of a distilled set")
     store = Store(path)
-    found = [name.split("/")[1] for name in store.names("synthesize") if name.endswith(f"/{IMAGES_NAME}")]
+    found = [name.split("/")[1] for name in store.names("synthesize") if name.endswith(f"/{MANIFEST}")]
     wanted = [name for name in found if ipc is None or name == f"ipc{ipc}"]
     if len(wanted) != 1:
         there = ", ".join(name.removeprefix("ipc") for name in found) or "none"
@@ -73,9 +75,9 @@ def load_distilled(path: str, ipc: int | None = None) -> DistilledDataset:
         )
     artifacts = Artifacts(store)
     manifest = artifacts.require(f"synthesize/{wanted[0]}", "synthesize")
-    images = read_image_set(artifacts.read(manifest, IMAGES_NAME), store.display(f"{manifest.stage}/{IMAGES_NAME}"))
+    images = load_images(artifacts, manifest, IMAGES)
     labelled = artifacts.manifest(f"relabel/{wanted[0]}/distilled")
     if labelled is None:
         return DistilledDataset(images, None)
-    label_file = artifacts.verify(labelled, LABELS_NAME)
-    return DistilledDataset(images, SoftLabels(store.open(label_file), store.display(label_file), images.content()))
+    label_files = [artifacts.verify(labelled, name) for name in shard_files(labelled.files, LABELS)]
+    return DistilledDataset(images, open_labels(store, label_files, images.content()))

@@ -4,7 +4,7 @@ Legend: B images of a batch, K classes.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,49 +48,80 @@ def label_batch(rows: Iterable[tuple[BatchPlan, Tensor]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def write_labels(epochs: Sequence[pa.RecordBatch], metadata: Mapping[str, Any]) -> bytes:
-    """Return an Arrow IPC file with one record batch per epoch, in order; `metadata` must hold `images` (the content
-    hash of the image set) and `num_classes`."""
+def write_label_file(stream: Any, epochs: Iterable[pa.RecordBatch], metadata: Mapping[str, Any]) -> None:
+    """Write an Arrow IPC file with one record batch per epoch, in order, to a binary stream; one epoch is in memory at a
+    time. `metadata` must hold `images` (the content hash of the image set) and `num_classes`."""
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(dict(metadata)).encode()})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
+    with pa.ipc.new_file(stream, schema) as writer:
         for batch in epochs:
             writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+
+
+def write_labels(epochs: Sequence[pa.RecordBatch], metadata: Mapping[str, Any]) -> bytes:
+    """Return the bytes of `write_label_file`."""
+    sink = pa.BufferOutputStream()
+    write_label_file(sink, epochs, metadata)
     return sink.getvalue().to_pybytes()
 
 
 class SoftLabels:
-    """Reader of a label file; epochs are decoded when asked for, the rest stays on disk.
+    """Reader of a label file, or of shards with `epochs_per_shard` epochs each (the last one fewer). Epochs are decoded
+    when asked for, the rest stays on disk; shards are given as functions that open them, and are opened when needed.
 
-    Raises ArtifactError when the file is not a label file, or was made for another image set than `images` (a content
+    Raises ArtifactError when a file is not a label file, or was made for another image set than `images` (a content
     hash; None skips that check).
     """
 
-    def __init__(self, source: pa.NativeFile | pa.Buffer, name: str, images: str | None):
+    def __init__(self, source: pa.NativeFile | pa.Buffer | Sequence[Callable[[], pa.NativeFile]], name: str,
+                 images: str | None):  # fmt: skip
+        self._openers = list(source) if isinstance(source, (list, tuple)) else [lambda: source]
+        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self._name, self._images = name, images
+        self.metadata = self._metadata(self._reader(0))
+        self.num_classes = int(self.metadata["num_classes"])
+
+    def _reader(self, shard: int) -> pa.ipc.RecordBatchFileReader:
+        if shard not in self._readers:
+            try:
+                self._readers[shard] = pa.ipc.open_file(self._openers[shard]())
+            except pa.ArrowInvalid as error:
+                raise self._refusal(error) from None
+            made_for = self._metadata(self._readers[shard])["images"]
+            if self._images is not None and made_for != self._images:
+                raise ArtifactError(
+                    f"{self._name} labels image set {made_for[:12]}, but was asked about {self._images[:12]}; "
+                    f"use the images it was made for, or run `cvdd relabel` for these"
+                )
+        return self._readers[shard]
+
+    def _metadata(self, reader: pa.ipc.RecordBatchFileReader) -> dict[str, Any]:
         try:
-            self._reader = pa.ipc.open_file(source)
-            self.metadata = json.loads(self._reader.schema.metadata[METADATA_KEY])
-            self.num_classes = int(self.metadata["num_classes"])
-        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ArtifactError(f"{name} is not a soft-label file ({reason}); make it with `cvdd relabel`") from None
-        if images is not None and self.metadata["images"] != images:
-            raise ArtifactError(
-                f"{name} labels image set {self.metadata['images'][:12]}, but was asked about {images[:12]}; "
-                f"use the images it was made for, or run `cvdd relabel` for these"
-            )
+            metadata = json.loads(reader.schema.metadata[METADATA_KEY])
+            int(metadata["num_classes"]), str(metadata["images"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._refusal(error) from None
+        return metadata
+
+    def _refusal(self, error: Exception) -> ArtifactError:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return ArtifactError(f"{self._name} is not a soft-label file ({reason}); make it with `cvdd relabel`")
 
     @property
     def num_epochs(self) -> int:
-        return self._reader.num_record_batches
+        return self.metadata["epochs"] if len(self._openers) > 1 else self._reader(0).num_record_batches
 
-    def epoch(self, epoch: int) -> list[tuple[BatchPlan, Tensor]]:
-        """Return (plan, logits_BK as fp32) of every batch of an epoch.  Raises ArtifactError past the last one."""
+    def batch(self, epoch: int) -> pa.RecordBatch:
+        """Return the columns of an epoch as stored.  Raises ArtifactError past the last one."""
         if not 0 <= epoch < self.num_epochs:
             raise ArtifactError(
                 f"epoch {epoch} has no soft labels, the file holds 0..{self.num_epochs - 1}; relabel more"
             )
-        columns = self._reader.get_batch(epoch)
+        shard, row = divmod(epoch, self.metadata["epochs_per_shard"]) if len(self._openers) > 1 else (0, epoch)
+        return self._reader(shard).get_batch(row)
+
+    def epoch(self, epoch: int) -> list[tuple[BatchPlan, Tensor]]:
+        """Return (plan, logits_BK as fp32) of every batch of an epoch.  Raises ArtifactError past the last one."""
+        columns = self.batch(epoch)
         starts = columns["image_index"].offsets.to_numpy()
         index = torch.from_numpy(columns["image_index"].flatten().to_numpy().astype(np.int64))
         partner = torch.from_numpy(columns["partner"].flatten().to_numpy().astype(np.int64))

@@ -1,16 +1,21 @@
 """Where a run lives: a local directory or an object store, behind one small interface of whole, atomic files."""
 
+import hashlib
+import io
 import os
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 from pyarrow import fs
 
 from cvdd_ray.errors import ArtifactError
+
+PART_BYTES = 16 << 20  # of a file that passes through this process
 
 
 class Store:
@@ -79,21 +84,52 @@ class Store:
             stream.flush()
             os.fsync(stream.fileno())
 
+    @contextmanager
+    def writer(self, name: str) -> Iterator["HashingStream"]:
+        """Give a stream whose content becomes the file when the block ends, and nothing if it ends with an error.
+
+        For files that should not be held in memory: an object store gets them in parts.
+        """
+        path = self.path(name)
+        if self.is_local:
+            with _replacing(path) as temporary, open(temporary, "wb") as stream:
+                yield HashingStream(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            return
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        stream = self._fs.open_output_stream(temporary)
+        try:
+            yield HashingStream(stream)
+            stream.close()
+            self._fs.move(temporary, path)
+        except BaseException:  # closing completes an upload, so a broken one lies under its temporary name
+            with suppress(OSError):
+                stream.close()
+                self._fs.delete_file(temporary)
+            raise
+
     def take(self, source: "Store", there: str, here: str) -> None:
-        """Take a file over from another store: a hard link on one disk, a copy otherwise; whole or not at all.
+        """Take a file over from another store, or under another name: a hard link on one disk, a copy inside one object
+        store, else through this process in parts; whole or not at all.
 
         Raises ArtifactError when it is not there.
         """
-        if not (self.is_local and source.is_local):
-            self.write(here, source.read(there))
+        if not source.exists(there):
+            raise source._absent(there)
+        if self.is_local and source.is_local:
+            try:
+                with _replacing(self.path(here)) as temporary:
+                    os.link(source.path(there), temporary)
+                return
+            except OSError:  # another disk, or one without links
+                pass
+        elif not self.is_local and self._fs.equals(source._fs):
+            self._fs.copy_file(source.path(there), self.path(here))
             return
-        try:
-            with _replacing(self.path(here)) as temporary:
-                os.link(source.path(there), temporary)
-        except FileNotFoundError:
-            raise source._absent(there) from None
-        except OSError:  # another disk, or one without links
-            self.write(here, source.read(there))
+        with source.open(there) as stream, self.writer(here) as copy:
+            while part := stream.read(PART_BYTES):
+                copy.write(part)
 
     @property
     def has_secrets(self) -> bool:
@@ -132,6 +168,24 @@ class Store:
     def display(self, name: str) -> str:
         """Return root and name for a message, without credentials."""
         return f"{_without_secrets(self.root).rstrip('/')}/{name}"
+
+
+class HashingStream(io.RawIOBase):
+    """A stream that is only written to, and knows the sha256 of what has passed through it."""
+
+    def __init__(self, stream: BinaryIO | pa.NativeFile):
+        self._stream, self._digest = stream, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self._digest.update(data)
+        self._stream.write(data)
+        return len(data)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What every stage is given: the settings, the artifacts, the machinery, and a place to show progress."""
 
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,14 +8,17 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+
 from cvdd_ray.config import RunConfig
 from cvdd_ray.core.experts import ExpertSpec
-from cvdd_ray.data.artifacts import Artifacts, Manifest, StagePlan
+from cvdd_ray.data.artifacts import Artifacts, Manifest, StagePlan, Written
 from cvdd_ray.data.datasets import DatasetInfo
+from cvdd_ray.data.shards import assemble_shard, shard_tasks, written_set
 from cvdd_ray.data.sources import RealData, load_real
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
-from cvdd_ray.stages.runtime import LocalRuntime, Runtime
+from cvdd_ray.stages.runtime import LocalRuntime, Runtime, read_and_work
 
 
 class Progress(Protocol):
@@ -151,16 +155,51 @@ class StageWork:
             lambda todo, on_report: self.run.runtime.map(function, todo, shared, on_report),
         )  # fmt: skip
 
+    def stream(
+        self, read: Callable, worker: type, items: Mapping[str, Any], shared: tuple, *, stream: bool, doing: str = ""
+    ) -> dict[str, bytes]:
+        """Return for every item the rows (npy bytes) that `worker(*shared)` makes of the blocks of `read(item, *shared)`;
+        finished items survive an interruption. With `stream` reading runs ahead of working, on other cores and machines."""
+
+        def start(todo, on_report):
+            runtime = self.run.runtime
+            if stream:
+                found = runtime.stream(read, worker, todo, shared, on_report)
+            else:
+                found = runtime.map(read_and_work, todo, (read, worker, *shared), on_report)
+            for name, rows in found:
+                buffer = io.BytesIO()
+                np.save(buffer, rows, allow_pickle=False)
+                yield name, buffer.getvalue()
+
+        return self._collect(items, dict.fromkeys(items, 1.0), "pieces", doing, start)
+
     def distill(self, tasks, experts, voter, *, doing: str = "") -> dict[str, bytes]:
-        """Return the final state (bytes) of every group of synthesis jobs; finished groups survive, others go on from
-        their last checkpoint."""
+        """Return what `run_group` returns for every group of synthesis jobs; finished groups survive, others go on from their
+        last checkpoint."""
         steps = {name: float(len(task.jobs) * task.settings.iterations) for name, task in tasks.items()}
         return self._collect(
             tasks, steps, "job iterations", doing,
             lambda todo, on_report: self.run.runtime.distill(todo, experts, voter, self.run.store, on_report),
         )  # fmt: skip
 
-    def commit(self, files: Mapping[str, bytes], **facts: Any) -> Manifest:
+    def image_set(
+        self, base: str, ipc: int, where: Mapping[tuple[int, int], tuple[str, int]], about: Mapping[str, Any]
+    ) -> tuple[dict[str, Written], str]:
+        """Put an image set together from pieces, one file or several side by side, and return what to commit and the content
+        hash. `where` says which record batch of which piece holds (image index, first class of a run of classes)."""
+        run, size = self.run, self.run.info.image_size
+        metadata = {"dataset": run.info.name, "mean": run.info.mean, "std": run.info.std, "ipc": ipc, **about}
+        tasks = shard_tasks(self.partial, base, ipc, len(run.classes) * 3 * size**2, where)
+        items = {f"{name}.receipt": task for name, task in tasks.items()}
+        shared = (run.store, run.classes, metadata)
+        if len(items) == 1:
+            receipts = {name: assemble_shard(task, *shared, report=None) for name, task in items.items()}
+        else:
+            receipts = self.each(assemble_shard, items, shared, doing=f"write {base} images")
+        return written_set(tasks, {name: receipts[f"{name}.receipt"] for name in tasks})
+
+    def commit(self, files: Mapping[str, bytes | Written], **facts: Any) -> Manifest:
         return self.run.artifacts.commit(self.plan, files, wall_s=time.monotonic() - self._started, facts=facts)
 
     def _collect(self, items, sizes, unit, doing, start) -> dict[str, bytes]:
@@ -193,6 +232,10 @@ class StageWork:
     def checkpoint(self, name: str) -> str:
         """Return where an unfinished item keeps its checkpoint."""
         return f"{self._name(name)}.checkpoint"
+
+    def piece(self, name: str) -> str:
+        """Return where an item that writes its result itself puts it."""
+        return f"{self._name(name)}.arrow"
 
     def _name(self, item: str) -> str:
         return f"{self.partial}/{item}"

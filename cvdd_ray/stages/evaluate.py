@@ -16,8 +16,8 @@ from cvdd_ray.core.models import build_seeded
 from cvdd_ray.core.softlabels import BatchPlan
 from cvdd_ray.core.students import StudentSettings, train_student
 from cvdd_ray.core.training import accuracy
-from cvdd_ray.data.datasets import DatasetInfo, normalize
-from cvdd_ray.data.labels import SoftLabels
+from cvdd_ray.data.datasets import DatasetInfo, network_inputs
+from cvdd_ray.data.shards import open_labels, shard_files
 from cvdd_ray.data.storage import Store
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import RANDOM, load_image_set
@@ -30,12 +30,12 @@ OURS = "distilled"
 
 @dataclass(frozen=True)
 class Arm:
-    """What one row of the table trains on: images (uint8), labels, and the label file (None: hard labels)."""
+    """What one row of the table trains on: images (uint8), labels, and the files of its soft labels (none: hard labels)."""
 
     images_NCHW: np.ndarray
     labels_N: np.ndarray
     content: str
-    label_file: str | None
+    label_files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
             LABEL_SETS[label_set].images if label_set else (f"initialize/ipc{ipc}", RANDOM, "initialize")
         )
         images = load_image_set(run, stage.format(ipc=ipc), file, verb)
-        label_file = None
+        label_files: tuple[str, ...] = ()
         if label_set:
             label_stage = f"relabel/ipc{ipc}/{label_set}"
             labelled = run.require(label_stage, "relabel")
             inputs[label_stage] = labelled.content
-            label_file = run.artifacts.verify(labelled, LABELS)
+            label_files = tuple(run.artifacts.verify(labelled, name) for name in shard_files(labelled.files, LABELS))
         inputs[f"images/{name}"] = images.content()
-        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), label_file)
+        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), label_files)
     return arms, inputs
 
 
@@ -133,8 +133,8 @@ def run_student(
 ) -> bytes:  # fmt: skip
     """Train one student and return its row as JSON: accuracies in percent, curve, seconds."""
     arm = arms[task.arm]
-    if arm.label_file:
-        labels = SoftLabels(store.open(arm.label_file), store.display(arm.label_file), arm.content)
+    if arm.label_files:
+        labels = open_labels(store, arm.label_files, arm.content)
 
         def epoch_rows(epoch: int):
             return labels.epoch(epoch)
@@ -171,7 +171,7 @@ def fit_student(
     started = time.monotonic()
     device = work_device()
     model, model_seed = build_student(student, seed_number, info, seed, width)
-    pixels = normalize(torch.from_numpy(np.array(images_NCHW)).to(device), info)
+    pixels = network_inputs(images_NCHW, info, device)
     curve = train_student(
         model, pixels,
         lambda epoch: on_device(epoch_rows(epoch), device),

@@ -1,15 +1,27 @@
-"""One group of synthesis jobs as a unit of work that any process can take up, checkpoint and finish."""
+"""One group of synthesis jobs as a unit of work that any process can take up, checkpoint and finish.
 
+Only small things pass through the driver: a task names its starting images, a result names what was written.
+"""
+
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from cvdd_ray.core.committee import Committee
-from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group
+from cvdd_ray.core.keys import key
+from cvdd_ray.core.patches import noise_image
+from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group, final_losses
+from cvdd_ray.data.datasets import DatasetInfo, denormalize, normalize
+from cvdd_ray.data.imagesets import ImageSet, encode_jpeg75, encode_png, image_table, read_image_set
+from cvdd_ray.data.shards import write_piece
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
+
+PARITY_JPEG = "jpeg75_trunc"
 
 
 @dataclass(frozen=True)
@@ -21,13 +33,49 @@ class VoterSettings:
 
 
 @dataclass(frozen=True)
+class StoredStarts:
+    """Starting images that lie in the store: files of consecutive image indices, `indices_per_file` each, rows by index
+    and then class."""
+
+    files: tuple[str, ...]
+    indices_per_file: int
+    num_classes: int
+    info: DatasetInfo
+
+    def of_job(self, job: Job, store: Store) -> torch.Tensor:
+        """Return the job's starting images (B, C, H, W), normalised float32."""
+        file, index = divmod(job.image_index, self.indices_per_file)
+        rows = slice(index * self.num_classes + job.labels[0], index * self.num_classes + job.labels[-1] + 1)
+        name = self.files[file]
+        return normalize(
+            torch.from_numpy(read_image_set(store.read(name), store.display(name), rows).images_NCHW), self.info
+        )
+
+
+@dataclass(frozen=True)
+class NoiseStarts:
+    """Starting images drawn from N(0, 1) in normalised space."""
+
+    seed: int
+    size: int
+
+    def of_job(self, job: Job, store: Store) -> torch.Tensor:
+        """Return the job's starting images (B, C, H, W), float32."""
+        return torch.stack([noise_image(self.seed, job.image_index, label, self.size) for label in job.labels])
+
+
+@dataclass(frozen=True)
 class GroupTask:
-    """Jobs of one group, their starting images (J, B, C, H, W; float32, normalised), and where checkpoints go."""
+    """Jobs of one group (consecutive classes each), where their starting images are, where checkpoints go, and where the
+    finished images: a piece (data/shards.py) whose record batch j is job j. `image_format` as in the configuration."""
 
     jobs: tuple[Job, ...]
-    start_JBCHW: np.ndarray
+    starts: StoredStarts | NoiseStarts
     settings: SynthesisSettings
+    info: DatasetInfo
+    image_format: str
     checkpoint: str
+    piece: str
 
 
 def encode_state(state: SynthesisState) -> bytes:
@@ -51,14 +99,15 @@ def decode_state(data: bytes) -> SynthesisState:
 def run_group(
     committee: Committee, task: GroupTask, store: Store, device: torch.device, report: Callable[[dict], None]
 ) -> bytes:
-    """Finish a group, from its checkpoint if there is one, and return its final state as bytes.
+    """Finish a group, from its checkpoint if there is one, write its piece, and return its trace as JSON: rows (iteration,
+    image index, chunk, expert, cross-entropy, BN term).
 
     `report` gets {"done": share of the iterations, "experts": {name: (cross-entropy, BN term)}} about once per percent.
     """
     if store.exists(task.checkpoint):
         state = decode_state(store.read(task.checkpoint))
     else:
-        state = SynthesisState.start(torch.from_numpy(np.array(task.start_JBCHW)))
+        state = SynthesisState.start(torch.stack([task.starts.of_job(job, store) for job in task.jobs]))
     state = replace(
         state,
         images_JBCHW=state.images_JBCHW.to(device),
@@ -79,5 +128,39 @@ def run_group(
     final = distill_group(
         committee, task.jobs, state, task.settings, on_progress=on_progress, on_checkpoint=on_checkpoint
     )
-    nothing = torch.empty(0)  # the moments have done their work
-    return encode_state(replace(final, first_moment_JBCHW=nothing, second_moment_JBCHW=nothing))
+    write_piece(store, task.piece, job_tables(task, final))
+    trace = [(t, task.jobs[j].image_index, task.jobs[j].chunk, name, ce, bn) for t, j, name, ce, bn in final.trace]
+    return json.dumps(trace).encode()
+
+
+def job_tables(task: GroupTask, final: SynthesisState) -> list[pa.Table]:
+    """Return the finished images of every job with what is known of them: chunk, voters, their weights, the seed of the
+    job's first views, final losses."""
+    tables = []
+    for job, images_BCHW, cross_entropy, bn_term in zip(
+        task.jobs, final.images_JBCHW.cpu(), *final_losses(final, task.jobs), strict=True
+    ):
+        pixels_BCHW = quantize(images_BCHW, task.info, task.image_format).numpy()
+        job_seed = key(task.settings.seed, "synthesis-view", job.image_index, job.chunk, 0)
+        known = {
+            "image_index": (job.image_index, pa.int32()),
+            "chunk": (job.chunk, pa.int32()),
+            "voters": (list(job.voters), pa.list_(pa.string())),
+            "voter_weights": (list(job.weights), pa.list_(pa.float32())),
+            "job_seed": (job_seed, pa.int64()),
+            "cross_entropy": (cross_entropy, pa.float32()),
+            "bn_term": (bn_term, pa.float32()),
+        }
+        columns = {name: pa.array([value] * len(job.labels), kind) for name, (value, kind) in known.items()}
+        encode = encode_jpeg75 if task.image_format == PARITY_JPEG else encode_png
+        images = ImageSet(pixels_BCHW, np.array(job.labels, np.int64), (), columns)
+        tables.append(image_table(images, [encode(image) for image in pixels_BCHW]))
+    return tables
+
+
+def quantize(images_BCHW: torch.Tensor, info: DatasetInfo, image_format: str) -> torch.Tensor:
+    """Return uint8 pixels: rounded for PNG, truncated for the parity JPEG (spec 5.7)."""
+    if image_format != PARITY_JPEG:
+        return denormalize(images_BCHW, info)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
+    return ((images_BCHW * std + mean).clamp(0, 1) * 255).to(torch.uint8)

@@ -73,7 +73,7 @@ def contact_sheet(
     index.  At most 10 classes (sampled evenly) and 3 indices are shown; the title says so when there are more.
     """
     num_classes = len(distilled.classes)
-    ipc = len(distilled) // num_classes
+    ipc = distilled.metadata.get("ipc", len(distilled) // num_classes)  # more than these files hold of a large set
     labels = np.unique(np.linspace(0, num_classes - 1, min(num_classes, MAX_CLASSES)).round().astype(int))
     indices = range(min(ipc, MAX_INDICES))
     side = distilled.images_NCHW.shape[-1]

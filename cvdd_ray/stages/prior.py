@@ -4,11 +4,11 @@ import json
 import statistics
 from collections.abc import Callable
 
-import numpy as np
-
 from cvdd_ray.core.experts import ExpertSpec
 from cvdd_ray.data.datasets import DatasetInfo
-from cvdd_ray.data.imagesets import write_image_set
+from cvdd_ray.data.imagesets import read_image_set
+from cvdd_ray.data.shards import joined
+from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import fit_student, student_settings
@@ -65,16 +65,16 @@ def measure_priors(run: Run) -> None:
         sets = {name: image_jobs(run, c.prior.ipc, lambda i, name=name: ((name,), (1.0,))) for name in specs}
         distilled = distill(run, work, sets, c.prior.ipc, iterations, specs, doing="distil each expert alone")
         items = {
-            f"{name}-seed{seed}": (name, distilled[name][0].images_NCHW, seed)
+            f"{name}-seed{seed}": (name, [file.name for file in distilled[name][0].values()], seed)
             for name in specs
             for seed in range(c.prior.seeds)
         }
         holdout = split_for_workers(run.real.holdout, run.info)
-        shared = (specs, holdout, run.info, views, student, c.prior.student, run.width)
+        shared = (run.store, specs, holdout, run.info, views, student, c.prior.student, run.width)
         done = work.each(measure_expert, items, shared, doing="train a student on each")
         per_seed = {name: [json.loads(done[f"{name}-seed{s}"])["last"] for s in range(c.prior.seeds)] for name in specs}
         priors = {name: statistics.fmean(values) for name, values in per_seed.items()}
-        files = {f"{name}.arrow": write_image_set(images) for name, (images, _) in distilled.items()}
+        files = {file: written for images, _, _ in distilled.values() for file, written in images.items()}
         files[PRIORS] = json.dumps({"priors": priors, "per_seed": per_seed, "split": "holdout"}).encode()
         work.commit(files, priors=priors)
         run.progress.say("prior: " + ", ".join(f"{name} {value:.1f} %" for name, value in priors.items()))
@@ -102,11 +102,12 @@ def given_priors(run: Run) -> None:
 
 
 def measure_expert(
-    item: tuple[str, np.ndarray, int], specs: dict[str, ExpertSpec], holdout: Split, info: DatasetInfo, views: ViewSettings, s,
-    student: str, width: float, report: Callable[[dict], None],
+    item: tuple[str, list[str], int], store: Store, specs: dict[str, ExpertSpec], holdout: Split, info: DatasetInfo,
+    views: ViewSettings, s, student: str, width: float, report: Callable[[dict], None],
 ) -> bytes:  # fmt: skip
     """Label one expert's images by that expert, train one student, return its hold-out accuracy (percent) as JSON."""
-    name, images_NCHW, seed_number = item
+    name, files, seed_number = item
+    images_NCHW = joined([read_image_set(store.read(file), store.display(file)) for file in files]).images_NCHW
     epochs = labelled_epochs(images_NCHW, info, [specs[name]], [1.0], views, range(s.epochs))
     row = fit_student(
         student, seed_number, images_NCHW, lambda epoch: next(epochs), holdout, info, s, views.seed, width, report

@@ -1,6 +1,6 @@
 """relabel: soft labels from the committee, every BatchNorm on its small batch's own statistics (BSSL; spec section 6)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,20 @@ from torch import Tensor
 from cvdd_ray.config import RelabelConfig
 from cvdd_ray.core.experts import ExpertSpec, work_device
 from cvdd_ray.core.keys import key
-from cvdd_ray.core.softlabels import BatchPlan, Teacher, batch_views, committee_logits, epoch_plans
+from cvdd_ray.core.softlabels import (
+    BatchPlan,
+    Teacher,
+    batch_views,
+    batches_together,
+    committee_logits,
+    epoch_plans,
+)
 from cvdd_ray.core.voting import prior_weights
-from cvdd_ray.data.datasets import DatasetInfo, normalize
-from cvdd_ray.data.labels import label_batch, write_labels
+from cvdd_ray.data.artifacts import Written
+from cvdd_ray.data.datasets import DatasetInfo, network_inputs
+from cvdd_ray.data.labels import label_batch, write_label_file
+from cvdd_ray.data.shards import cuts, per_shard, shard_name
+from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import RANDOM, START, load_image_set
@@ -22,8 +32,8 @@ from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.synthesize import DISTILLED
 from cvdd_ray.stages.votes import load_priors
 
-LABELS = "labels.arrow"
-EPOCHS_PER_PIECE = 10
+LABELS = "labels"
+MAX_EPOCHS_PER_PIECE = 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ def label_sets(run: Run) -> list[str]:
 
 
 def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
-    """Make `relabel/ipc<n>/<label set>`: labels.arrow, one record batch per epoch, bound to its images by hash.
+    """Make `relabel/ipc<n>/<label set>`: labels.arrow, one record batch per epoch, bound to its images by hash; many
+    labels as several files, which workers write side by side.
 
     Raises ArtifactError when images, experts or priors are missing, ConfigError for teachers outside the committee.
     """
@@ -96,17 +107,38 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
     with run.stage(plan, f"relabel ipc {ipc} {label_set}") as work:
         if work is None:
             return
-        pieces = {
-            f"epochs{first:05d}": (first, min(first + EPOCHS_PER_PIECE, c.epochs))
-            for first in range(0, c.epochs, EPOCHS_PER_PIECE)
-        }
-        views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, c)
-        shared = (images.images_NCHW, run.info, [specs[n] for n in names], weights, views)
-        done = work.each(label_epochs, pieces, shared)
-        batches = [batch for data in done.values() for batch in pa.ipc.open_stream(data)]
         about = {"images": images.content(), "num_classes": len(run.classes), "teachers": names,
                  "teacher_weights": list(weights), "relabel": c.model_dump(), "classes": run.classes}  # fmt: skip
-        work.commit({LABELS: write_labels(batches, about)}, epochs=c.epochs, teachers=names)
+        epoch_bytes = label_bytes(len(images), len(run.classes))
+        spans = cuts(c.epochs, min(MAX_EPOCHS_PER_PIECE, per_shard(epoch_bytes)))
+        sharded = c.epochs > per_shard(epoch_bytes)
+        if sharded:
+            about |= {"epochs": c.epochs, "epochs_per_shard": len(spans[0])}
+        pieces = {f"epochs{span.start:05d}": span for span in spans}
+        items = {name: (span, work.piece(name)) for name, span in pieces.items()}
+        views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, c)
+        shared = (images.images_NCHW, run.info, [specs[n] for n in names], weights, views, about, run.store)
+        receipts = work.each(label_epochs, items, shared)
+        written = {name: Written(work.piece(name), receipts[name].decode()) for name in pieces}
+        if sharded:
+            files = {shard_name(LABELS, k, len(spans)): file for k, file in enumerate(written.values())}
+        else:
+            files = {shard_name(LABELS, 0, 1): join_labels(run.store, work.piece(LABELS), written.values(), about)}
+        work.commit(files, epochs=c.epochs, teachers=names)
+
+
+def label_bytes(num_images: int, num_classes: int) -> int:
+    """Return about how many bytes an epoch of labels takes: fp16 logits, image index, crop, flip and partner per image."""
+    return num_images * (2 * num_classes + 24)
+
+
+def join_labels(store: Store, name: str, pieces: Iterable[Written], about: dict) -> Written:
+    """Write one label file from pieces in order, an epoch at a time."""
+    readers = [pa.ipc.open_file(store.open(piece.name)) for piece in pieces]
+    epochs = (reader.get_batch(row) for reader in readers for row in range(reader.num_record_batches))
+    with store.writer(name) as stream:
+        write_label_file(stream, epochs, about)
+        return Written(name, stream.sha256())
 
 
 def teacher_names(run: Run) -> list[str]:
@@ -120,22 +152,20 @@ def teacher_names(run: Run) -> list[str]:
 
 
 def label_epochs(
-    epochs: tuple[int, int], images_NCHW: np.ndarray, info: DatasetInfo, teachers: list[ExpertSpec], weights: list[float],
-    views: ViewSettings, report: Callable[[dict], None],
+    item: tuple[range, str], images_NCHW: np.ndarray, info: DatasetInfo, teachers: list[ExpertSpec], weights: list[float],
+    views: ViewSettings, about: dict, store: Store, report: Callable[[dict], None],
 ) -> bytes:  # fmt: skip
-    """Return the labels of epochs [first, stop) as Arrow stream bytes, one record batch per epoch."""
-    first, stop = epochs
-    sink = pa.BufferOutputStream()
-    writer = None
-    for epoch, rows in enumerate(
-        labelled_epochs(images_NCHW, info, teachers, weights, views, range(first, stop)), first
-    ):
-        batch = label_batch(rows)
-        writer = writer or pa.ipc.new_stream(sink, batch.schema)
-        writer.write_batch(batch)
-        report({"done": (epoch + 1 - first) / (stop - first)})
-    writer.close()
-    return sink.getvalue().to_pybytes()
+    """Write the labels of some epochs as a label file of the given name, an epoch at a time; return its sha256."""
+    epochs, name = item
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for done, rows in enumerate(labelled_epochs(images_NCHW, info, teachers, weights, views, epochs), 1):
+            yield label_batch(rows)
+            report({"done": done / len(epochs)})
+
+    with store.writer(name) as stream:
+        write_label_file(stream, batches(), about)
+        return stream.sha256().encode()
 
 
 def labelled_epochs(
@@ -145,12 +175,16 @@ def labelled_epochs(
     device = work_device()
     c = views.c
     networks = [Teacher(spec.build(device), batchnorm=c.batchnorm, scope=c.scope) for spec in teachers]
-    pixels = normalize(torch.from_numpy(np.array(images_NCHW)).to(device), info)
+    pixels = network_inputs(images_NCHW, info, device)
+    bn_group = c.resolved_bn_group(len(pixels))
+    together = batches_together(c.resolved_batch_size(len(pixels)), bn_group)
     for epoch in epochs:
         plans = views.plans(epoch, len(pixels))
-        batches = [batch_views(pixels, plan) for plan in plans]
+        logits: list[Tensor] = []
         with torch.random.fork_rng(enabled=c.scope == "full"):  # dropout draws from torch's own generator
             if c.scope == "full":
                 torch.manual_seed(key(views.seed, "dropout", epoch))
-            logits = committee_logits(networks, weights, batches, c.resolved_bn_group(len(pixels)))
-        yield [(plan, logits_BK.cpu()) for plan, logits_BK in zip(plans, logits, strict=True)]
+            for some in cuts(len(plans), together):
+                batches = [batch_views(pixels, plans[k]) for k in some]
+                logits += [part.cpu() for part in committee_logits(networks, weights, batches, bn_group)]
+        yield list(zip(plans, logits, strict=True))

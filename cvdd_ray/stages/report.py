@@ -10,7 +10,7 @@ from rich.text import Text
 from cvdd_ray.data.storage import Store
 from cvdd_ray.stages.evaluate import RESULTS
 from cvdd_ray.stages.initialize import RANDOM, START
-from cvdd_ray.stages.pictures import ARM_COLOURS, contact_sheet, curves_figure
+from cvdd_ray.stages.pictures import ARM_COLOURS, MAX_INDICES, contact_sheet, curves_figure
 from cvdd_ray.stages.summary import MAX_VOTES, TRAINING_SETS, ResultRow, RunReader, RunSummary, read_summary
 from cvdd_ray.stages.synthesize import DISTILLED, TRACE
 
@@ -65,7 +65,8 @@ def write_report(store: Store) -> dict[str, str]:
     for one in summary.ipcs:
         start, distilled = f"initialize/ipc{one.ipc}", f"synthesize/ipc{one.ipc}"
         if start in reader.manifests and distilled in reader.manifests:
-            sets = [reader.images(start, RANDOM), reader.images(start, START), reader.images(distilled, DISTILLED)]
+            shown = ((start, RANDOM), (start, START), (distilled, DISTILLED))
+            sets = [reader.images(stage, base, MAX_INDICES) for stage, base in shown]
             files[f"contact_sheet_ipc{one.ipc}.png"] = contact_sheet(
                 *sets, [vote.lines() for vote in one.votes], title=summary.dataset
             )

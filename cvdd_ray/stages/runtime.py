@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
@@ -20,11 +22,18 @@ class Runtime(Protocol):
         """Yield (name, function(item, *shared, report=...)) for every item; `shared` travels once per machine."""
         ...
 
+    def stream(
+        self, read: Callable, worker: type, items: Mapping[str, Any], shared: tuple, on_report: Report
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (name, rows) for every item: `read(item, *shared)` yields blocks (arrays by name, of equal length), an
+        instance of `worker(*shared)` makes rows of a block. Blocks may be cut anywhere, so rows must not depend on it."""
+        ...
+
     def distill(
         self, tasks: Mapping[str, GroupTask], experts: Mapping[str, ExpertSpec], voter: VoterSettings, store: Store,
         on_report: Report,
     ) -> Iterator[tuple[str, bytes]]:  # fmt: skip
-        """Yield (name, final state) for every group of synthesis jobs, voted on by the experts."""
+        """Yield (name, what `run_group` returns) for every group of synthesis jobs, voted on by the experts."""
         ...
 
     def close(self) -> None: ...
@@ -40,6 +49,9 @@ class LocalRuntime:
         for name, item in items.items():
             yield name, function(item, *shared, report=lambda report, name=name: on_report(name, report))
 
+    def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None):
+        yield from self.map(read_and_work, items, (read, worker, *shared), on_report)
+
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None):
         committee = local_committee(experts, voter, self._device)
         for name, task in tasks.items():
@@ -50,6 +62,12 @@ class LocalRuntime:
 
     def close(self) -> None:
         pass
+
+
+def read_and_work(item: Any, read: Callable, worker: type, *shared: Any, report: Callable[[dict], None]) -> np.ndarray:
+    """Return the rows of one item of a stream, made in one place."""
+    work = worker(*shared)
+    return np.concatenate([work(block) for block in read(item, *shared)])
 
 
 def local_committee(experts: Mapping[str, ExpertSpec], voter: VoterSettings, device) -> LocalCommittee:

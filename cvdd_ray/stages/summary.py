@@ -9,7 +9,8 @@ import yaml
 from cvdd_ray.config import RunConfig
 from cvdd_ray.data.artifacts import MANIFEST, Artifacts, Manifest
 from cvdd_ray.data.datasets import dataset_info
-from cvdd_ray.data.imagesets import ImageSet, read_image_set
+from cvdd_ray.data.imagesets import ImageSet, read_table
+from cvdd_ray.data.shards import load_images, shard_files
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 from cvdd_ray.recipes import validate
@@ -120,23 +121,44 @@ class RunReader:
                 f"{store.display('').rstrip('/')} holds no run: neither {CONFIG} nor any finished stage; "
                 f"give the directory (--out) of a run, or make one with `cvdd run RECIPE --out DIR`"
             )
-        self._sets: dict[tuple[str, str], ImageSet] = {}
+        self._sets: dict[tuple[str, str, int | None], ImageSet] = {}
         self.config = self._config()
 
     def file(self, stage: str, name: str) -> bytes:
         return self.artifacts.read(self.manifests[stage], name)
 
-    def images(self, stage: str, name: str) -> ImageSet:
-        if (stage, name) not in self._sets:
-            self._sets[stage, name] = read_image_set(self.file(stage, name), self.store.display(f"{stage}/{name}"))
-        return self._sets[stage, name]
+    def images(self, stage: str, base: str, upto: int | None = None) -> ImageSet:
+        """Return an image set, or what its first files hold of it: at least `upto` image indices."""
+        if (stage, base, upto) not in self._sets:
+            self._sets[stage, base, upto] = load_images(self.artifacts, self.manifests[stage], base, upto)
+        return self._sets[stage, base, upto]
 
-    def size(self, stage: str, name: str) -> int:
-        """Return bytes of a file, without reading it (labels can be large)."""
-        if not self.store.exists(f"{stage}/{name}"):
-            raise ArtifactError(f"{self.store.display(f'{stage}/{name}')} is gone; remove its folder to make it anew")
-        with self.store.open(f"{stage}/{name}") as file:
-            return file.size()
+    def content(self, stage: str, base: str) -> str:
+        """Return the content hash of an image set."""
+        recorded = self.manifests[stage].facts.get("content", {}).get(base)
+        return recorded or self.images(stage, base).content()
+
+    def votes(self, stage: str) -> list[tuple[int, list[str], list[float]]]:
+        """Return (image index, voters, weights) of every distilled image, without decoding any."""
+        manifest = self.manifests[stage]
+        rows = []
+        for name in shard_files(manifest.files, DISTILLED):
+            table = read_table(self.artifacts.read(manifest, name), self.store.display(f"{stage}/{name}"))
+            columns = [table[column].to_pylist() for column in ("image_index", "voters", "voter_weights")]
+            rows += zip(*columns, strict=True)
+        return rows
+
+    def size(self, stage: str, base: str) -> int:
+        """Return the bytes of an image or label set, without reading it (labels can be large)."""
+        total = 0
+        for name in shard_files(self.manifests[stage].files, base):
+            if not self.store.exists(f"{stage}/{name}"):
+                raise ArtifactError(
+                    f"{self.store.display(f'{stage}/{name}')} is gone; remove its folder to make it anew"
+                )
+            with self.store.open(f"{stage}/{name}") as file:
+                total += file.size()
+        return total
 
     def ipcs(self) -> list[int]:
         """Return the IPCs configured or found; starting images alone may be the prior's, so they count last."""
@@ -177,7 +199,7 @@ class RunReader:
             if name == "images":
                 source, file, _ = LABEL_SETS[plan["settings"]["label_set"]].images
                 source = source.format(ipc=stage.split("/")[1].removeprefix("ipc"))
-                if source not in self.manifests or self.images(source, file).content() != content:
+                if source not in self.manifests or self.content(source, file) != content:
                     return True
             if name == "initialize" and content not in started:
                 return True
@@ -196,7 +218,7 @@ class RunReader:
         if self.store.exists(CONFIG):
             return validate(yaml.safe_load(self.store.read(CONFIG)))
         distilled = [stage for stage in self.manifests if stage.startswith("synthesize/")]
-        return validate(self.images(distilled[0], DISTILLED).metadata["config"]) if distilled else None
+        return validate(self.images(distilled[0], DISTILLED, 1).metadata["config"]) if distilled else None
 
 
 def summarize_run(store: Store) -> RunSummary:
@@ -241,11 +263,9 @@ def _ipc_summary(reader: RunReader, ipc: int) -> IpcSummary:
     labels = [stage for stage in own if stage.startswith("relabel/")]
     images, votes, image_bytes = 0, (), None
     if (stage := f"synthesize/ipc{ipc}") in manifests:
-        distilled = reader.images(stage, DISTILLED)
-        names = ("image_index", "voters", "voter_weights")
-        columns = [distilled.columns[name].to_pylist() for name in names]
-        by_index = {i: Vote(i, tuple(voters), tuple(weights)) for i, voters, weights in zip(*columns, strict=True)}
-        images, votes, image_bytes = len(distilled), tuple(by_index.values()), reader.size(stage, DISTILLED)
+        rows = reader.votes(stage)
+        by_index = {i: Vote(i, tuple(voters), tuple(weights)) for i, voters, weights in rows}
+        images, votes, image_bytes = len(rows), tuple(by_index.values()), reader.size(stage, DISTILLED)
     return IpcSummary(
         ipc, images, votes, {stage: manifests[stage].wall_s for stage in own}, _rows(reader, ipc), image_bytes,
         {stage.split("/")[-1]: reader.size(stage, LABELS) for stage in labels},

@@ -3,25 +3,22 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-import pyarrow as pa
-import torch
-
-from cvdd_ray.core.keys import key
-from cvdd_ray.core.synthesis import Job, SynthesisSettings, final_losses
-from cvdd_ray.data.datasets import denormalize, normalize, pixel_bounds
-from cvdd_ray.data.imagesets import ImageSet, encode_jpeg75, write_image_set
+from cvdd_ray.core.synthesis import Job, SynthesisSettings
+from cvdd_ray.data.artifacts import Written
+from cvdd_ray.data.datasets import pixel_bounds
+from cvdd_ray.data.shards import per_shard, shard_files
 from cvdd_ray.stages.context import Run, StageWork
-from cvdd_ray.stages.grouptask import GroupTask, VoterSettings, decode_state
-from cvdd_ray.stages.initialize import START, image_set, load_image_set, noise_images
+from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts, StoredStarts, VoterSettings
+from cvdd_ray.stages.initialize import START
 from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.votes import load_priors, vote_of_image
 
-DISTILLED, TRACE = "distilled.arrow", "trace.json"
+DISTILLED, TRACE = "distilled", "trace.json"
 
 
 def synthesize(run: Run, ipc: int) -> None:
-    """Make `synthesize/ipc<n>`: distilled.arrow (images, voters, weights, final losses) and trace.json (loss curves).
+    """Make `synthesize/ipc<n>`: distilled.arrow, or shards of it (images, voters, weights, final losses), and trace.json (loss
+    curves).
 
     Raises ArtifactError when experts, priors or starting images are missing, ConfigError for an impossible vote.
     """
@@ -42,10 +39,13 @@ def synthesize(run: Run, ipc: int) -> None:
         if work is None:
             return
         jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
-        images, trace = distill(run, work, {"": jobs}, ipc, c.synthesize.iterations, specs)[""]
-        encoded = [encode_jpeg75(image) for image in images.images_NCHW] if is_jpeg(run) else None
-        files = {DISTILLED: write_image_set(images, encoded), TRACE: json.dumps(trace).encode()}
-        work.commit(files, images=len(images), voters=sorted({"+".join(job.voters) for job in jobs}))
+        files, content, trace = distill(run, work, {DISTILLED: jobs}, ipc, c.synthesize.iterations, specs)[DISTILLED]
+        work.commit(
+            {**files, TRACE: json.dumps(trace).encode()},
+            images=ipc * len(run.classes),
+            voters=sorted({"+".join(job.voters) for job in jobs}),
+            content={DISTILLED: content},
+        )
 
 
 def resolved_synthesis(run: Run) -> dict:
@@ -92,75 +92,52 @@ def synthesis_settings(run: Run, iterations: int) -> SynthesisSettings:
 
 def distill(
     run: Run, work: StageWork, sets: Mapping[str, Sequence[Job]], ipc: int, iterations: int, specs, *, doing: str = ""
-) -> dict[str, tuple[ImageSet, list]]:
-    """Distil several sets of jobs at once (one for synthesize, one per expert for prior); return for each the image set
-    and its trace: rows (iteration, image index, chunk, expert, cross-entropy, BN term)."""
-    start_IKCSS = starting_images(run, ipc)
-    settings = synthesis_settings(run, iterations)
+) -> dict[str, tuple[dict[str, Written], str, list]]:
+    """Distil several sets of jobs at once (one for synthesize, one per expert for prior); return for each the files to
+    commit, the content hash of the images and the trace: rows (iteration, image index, chunk, expert, cross-entropy, BN
+    term)."""
+    settings, starts = synthesis_settings(run, iterations), starting_images(run, ipc)
     groups = {
-        f"{name or 'set'}-group{g:05d}": (name, group)
-        for name, jobs in sets.items()
+        f"{base}-group{g:05d}": (base, group)
+        for base, jobs in sets.items()
         for g, group in enumerate(job_groups(jobs, run.config.synthesize.jobs_per_group))
     }
     tasks = {
         title: GroupTask(
             group,
-            np.stack([start_IKCSS[job.image_index, list(job.labels)].numpy() for job in group]),
+            starts,
             settings,
+            run.info,
+            run.config.synthesize.image_format,
             work.checkpoint(title),
+            work.piece(title),
         )
         for title, (_, group) in groups.items()
     }
     voter = VoterSettings(run.config.synthesize.bn_weight, run.config.synthesize.first_bn_multiplier)
-    states = work.distill(tasks, specs, voter, doing=doing)
-    return {
-        name: assemble(run, ipc, [(group, decode_state(states[t])) for t, (owner, group) in groups.items() if owner == name])
-        for name in sets
-    }  # fmt: skip
+    traces = work.distill(tasks, specs, voter, doing=doing)
+    about = {"kind": "distilled", "config": run.config.model_dump(mode="json", exclude={"runtime", "storage"})}
+    result = {}
+    for base in sets:
+        own = {title: group for title, (owner, group) in groups.items() if owner == base}
+        where = {
+            (job.image_index, job.labels[0]): (work.piece(title), j)
+            for title, group in own.items()
+            for j, job in enumerate(group)
+        }
+        trace = [tuple(row) for title in own for row in json.loads(traces[title])]
+        result[base] = (*work.image_set(base, ipc, where, about), trace)
+    return result
 
 
-def starting_images(run: Run, ipc: int) -> torch.Tensor:
-    """Return the starting images (image index, class, C, S, S), normalised float32."""
-    num_classes = len(run.classes)
+def starting_images(run: Run, ipc: int) -> StoredStarts | NoiseStarts:
+    """Return where the starting images of every job come from; stored ones are verified here, once.
+
+    Raises ArtifactError when they are missing or altered.
+    """
     if run.config.initialize.method == "noise":
-        noise = [noise_images(run.config.seed, ipc, label, run.info) for label in range(num_classes)]
-        return torch.stack(noise, 1)
-    stored = load_image_set(run, f"initialize/ipc{ipc}", START, "initialize")
-    return normalize(torch.from_numpy(stored.images_NCHW), run.info).unflatten(0, (ipc, num_classes))
-
-
-def assemble(run: Run, ipc: int, finished) -> tuple[ImageSet, list]:
-    """Return the image set and trace of finished groups [(jobs, state)], rows by image index and then class."""
-    num_classes, side = len(run.classes), run.info.image_size
-    pixels = np.zeros((ipc, num_classes, 3, side, side), np.uint8)
-    about: dict[str, np.ndarray] = {
-        name: np.empty((ipc, num_classes), object)
-        for name in ("chunk", "voters", "voter_weights", "job_seed", "cross_entropy", "bn_term")
-    }
-    trace = []
-    for jobs, state in finished:
-        cross_entropy, bn_term = final_losses(state, jobs)
-        trace += [(t, jobs[j].image_index, jobs[j].chunk, name, ce, bn) for t, j, name, ce, bn in state.trace]
-        for j, job in enumerate(jobs):
-            pixels[job.image_index, list(job.labels)] = quantize(run, state.images_JBCHW[j]).numpy()
-            job_seed = key(run.config.seed, "synthesis-view", job.image_index, job.chunk, 0)  # of its first views
-            values = (job.chunk, list(job.voters), list(job.weights), job_seed, cross_entropy[j], bn_term[j])
-            for label in job.labels:
-                for name, value in zip(about, values, strict=True):
-                    about[name][job.image_index, label] = value
-    types = (pa.int32(), pa.list_(pa.string()), pa.list_(pa.float32()), pa.int64(), pa.float32(), pa.float32())
-    columns = {name: pa.array(about[name].ravel().tolist(), kind) for name, kind in zip(about, types, strict=True)}
-    config = run.config.model_dump(mode="json", exclude={"runtime", "storage"})
-    return image_set(run, pixels, {"kind": "distilled", "config": config}, columns), trace
-
-
-def quantize(run: Run, images_BCSS: torch.Tensor) -> torch.Tensor:
-    """Return uint8 pixels: rounded for PNG, truncated for the parity JPEG (spec 5.7)."""
-    if not is_jpeg(run):
-        return denormalize(images_BCSS, run.info)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (run.info.mean, run.info.std))
-    return ((images_BCSS * std + mean).clamp(0, 1) * 255).to(torch.uint8)
-
-
-def is_jpeg(run: Run) -> bool:
-    return run.config.synthesize.image_format == "jpeg75_trunc"
+        return NoiseStarts(run.config.seed, run.info.image_size)
+    manifest = run.require(f"initialize/ipc{ipc}", "initialize")
+    files = [run.artifacts.verify(manifest, name) for name in shard_files(manifest.files, START)]
+    index_bytes = len(run.classes) * 3 * run.info.image_size**2
+    return StoredStarts(tuple(files), per_shard(index_bytes), len(run.classes), run.info)

@@ -9,16 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from cvdd_ray.config import MUTABLE_SETTINGS, PriorConfig, RunConfig
 from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.students import StudentTraining
 from cvdd_ray.core.training import accuracy
 from cvdd_ray.data.artifacts import Artifacts, Manifest
-from cvdd_ray.data.datasets import normalize
-from cvdd_ray.data.labels import SoftLabels
+from cvdd_ray.data.datasets import network_inputs
+from cvdd_ray.data.shards import open_labels
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.recipes import with_settings
@@ -126,10 +123,10 @@ class TrialStudents:
     def __init__(self, run: Run, num_seeds: int):
         c, self._info, ipc = run.config, run.info, run.config.ipc[0]
         arm = load_arms(run, ipc)[0][OURS]
-        self._labels = SoftLabels(run.store.open(arm.label_file), run.store.display(arm.label_file), arm.content)
+        self._labels = open_labels(run.store, arm.label_files, arm.content)
         self._holdout = split_for_workers(run.real.holdout, self._info)
         self._device = work_device()
-        pixels = normalize(torch.from_numpy(np.array(arm.images_NCHW)).to(self._device), self._info)
+        pixels = network_inputs(arm.images_NCHW, self._info, self._device)
         self._settings = student_settings(run, c.student_epochs, len(pixels))
         self._asked = {name: getattr(c.evaluate, name) for name in MUTABLE_SETTINGS}
         numbers = range(c.evaluate.first_seed, c.evaluate.first_seed + num_seeds)

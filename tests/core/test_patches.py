@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cvdd_ray.config import InitializeConfig
 from cvdd_ray.core.patches import mosaic_ranks, observer_losses, random_patches, rank_window, tile
 from cvdd_ray.data.datasets import DatasetInfo
-from cvdd_ray.stages.initialize import patch_images
+from cvdd_ray.stages.initialize import ClassImages, Patching, Scorer, patch_images, read_crops
 
 INFO = DatasetInfo("toy", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 1, 2)
 
@@ -125,7 +125,16 @@ def flat_images(levels):
 def starting(levels, ipc, factor, difficulty="easy", seed=0, num_crops=3):
     config = InitializeConfig(difficulty=difficulty, num_crops=num_crops)
     images = flat_images(levels)
-    return patch_images(1, np.arange(len(levels)), images, INFO, OBSERVER, config, ipc, factor, seed)
+    return scored_and_chosen(images, Patching(config, ipc, factor, seed, INFO))
+
+
+def scored_and_chosen(images, patching):
+    """Starting images of class 1, as the stage makes them: losses of every image's crops first, then the chosen crops."""
+    one = ClassImages(1, np.arange(len(images)), np.array([], int))
+    scorer = Scorer(images, patching, OBSERVER)
+    rows = np.concatenate([scorer(block) for block in read_crops([one], images, patching, OBSERVER)])
+    assert rows[:, :2].tolist() == [[1, position] for position in range(len(images))]
+    return patch_images(one, rows[:, 2:], images, patching)
 
 
 def cell_levels(image, factor):
@@ -167,7 +176,7 @@ def test_the_best_crop_of_an_image_is_kept():
 
     def brightness(num_crops, seed):
         config = InitializeConfig(difficulty="easy", num_crops=num_crops)
-        return patch_images(1, np.array([0]), image, INFO, OBSERVER, config, 1, 1, seed).mean()
+        return scored_and_chosen(image, Patching(config, 1, 1, seed, INFO)).mean()
 
     assert np.mean([brightness(20, seed) for seed in range(5)]) > 220
     assert np.mean([brightness(1, seed) for seed in range(20)]) < 190
@@ -178,7 +187,7 @@ def test_starting_images_repeat_and_depend_on_the_seed():
     images = draw.integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
 
     def make(seed):
-        return patch_images(1, np.arange(6), images, INFO, OBSERVER, InitializeConfig(), 2, 1, seed)
+        return scored_and_chosen(images, Patching(InitializeConfig(), 2, 1, seed, INFO))
 
     assert np.array_equal(make(0), make(0))
     assert not np.array_equal(make(0), make(1))

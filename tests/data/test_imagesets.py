@@ -22,7 +22,7 @@ from cvdd_ray.data.imagesets import (
 )
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
-from cvdd_ray.stages.synthesize import quantize
+from cvdd_ray.stages.grouptask import quantize
 
 CLASSES = ("ant", "bee", "cat")
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 3, 9, 11), dtype=np.uint8)  # not square: no axis can be mixed up
@@ -130,10 +130,6 @@ def test_content_names_pixels_labels_shape_and_classes():
 INFO = DATASETS["cifar10"]
 
 
-def run_of(image_format):
-    return SimpleNamespace(info=INFO, config=SimpleNamespace(synthesize=SimpleNamespace(image_format=image_format)))
-
-
 def natural(seed=0):
     """Normalised images with content on all scales, some of it outside the range of pixels."""
     draw = torch.Generator().manual_seed(seed)
@@ -149,7 +145,7 @@ def unit_range(x):
 
 def test_stored_png_is_the_rounded_image_exactly():
     x = natural()
-    pixels = quantize(run_of("png"), x)
+    pixels = quantize(x, INFO, "png")
     exact = 255 * unit_range(x)
     near_a_half = ((exact % 1) - 0.5).abs() < 1e-3  # there float32 may round to the other side
     assert torch.equal(pixels[~near_a_half], exact.round().to(torch.uint8)[~near_a_half])
@@ -166,7 +162,7 @@ def test_every_pixel_value_survives_normalisation():
 
 def test_parity_flag_truncates_and_jpeg_costs_levels():
     x = natural()
-    pixels = quantize(run_of("jpeg75_trunc"), x)
+    pixels = quantize(x, INFO, "jpeg75_trunc")
     exact = 255 * unit_range(x)
     error = pixels.double() - exact
     inside = (exact > 0) & (exact < 255)

@@ -12,7 +12,7 @@ from helpers import Listener, normal, tiny_net
 from cvdd_ray.config import RelabelConfig, RunConfig
 from cvdd_ray.core.softlabels import Teacher, batch_views, committee_logits, epoch_plans
 from cvdd_ray.core.students import StudentSettings, train_student
-from cvdd_ray.data.artifacts import Artifacts, StagePlan
+from cvdd_ray.data.artifacts import Artifacts, StagePlan, Written, sha256
 from cvdd_ray.data.datasets import DatasetInfo, normalize
 from cvdd_ray.data.imagesets import ImageSet, write_image_set
 from cvdd_ray.data.labels import SoftLabels, label_batch, write_labels
@@ -81,14 +81,17 @@ def labelled(request, monkeypatch, tmp_path):
 
     monkeypatch.setattr(relabel, "committee_logits", listen)
     images = pixels(num_images)
-    pieces = [
-        relabel.label_epochs(span, images, INFO, TEACHERS, WEIGHTS, views(), lambda report: None)
-        for span in ((0, 2), (2, 3))
-    ]
-    batches = [batch for piece in pieces for batch in pa.ipc.open_stream(piece)]
-    path = tmp_path / "labels.arrow"
-    path.write_bytes(as_file(batches, images="hash"))
-    labels = SoftLabels(pa.memory_map(str(path)), "labels", "hash")
+    store, about = Store(str(tmp_path)), {"images": "hash", "num_classes": CLASSES}
+    pieces = []
+    for name, span in (("first", range(2)), ("second", range(2, 3))):
+        digest = relabel.label_epochs(
+            (span, name), images, INFO, TEACHERS, WEIGHTS, views(), about, store, lambda report: None
+        )
+        assert digest.decode() == sha256(store.read(name))
+        pieces.append(Written(name, digest.decode()))
+    whole = relabel.join_labels(store, "labels.arrow", pieces, about)
+    assert whole.sha256 == sha256(store.read("labels.arrow"))
+    labels = SoftLabels(store.open("labels.arrow"), "labels", "hash")
     return SimpleNamespace(images=images, sizes=sizes, shown=shown, labels=labels)
 
 
@@ -225,7 +228,7 @@ def test_what_is_not_a_label_file_is_refused():
 def test_a_student_refuses_labels_of_other_images(tmp_path):
     store = Store(str(tmp_path))
     store.write("relabel/ipc1/distilled/labels.arrow", as_file([label_batch(made_up(0))], images="a" * 64))
-    arm = evaluate.Arm(pixels(20), np.arange(20) % CLASSES, "b" * 64, "relabel/ipc1/distilled/labels.arrow")
+    arm = evaluate.Arm(pixels(20), np.arange(20) % CLASSES, "b" * 64, ("relabel/ipc1/distilled/labels.arrow",))
     with pytest.raises(ArtifactError, match=r"labels image set a{12}"):
         run_student(arm, store)
 

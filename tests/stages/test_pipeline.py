@@ -112,7 +112,7 @@ def test_interrupted_synthesis_goes_on_from_checkpoint_to_the_same_bits(finished
 
     def interrupted(state):
         calls["n"] += 1
-        if calls["n"] == 5:  # second group, its first checkpoint is written, its second is not
+        if calls["n"] == 4:  # second group, its first checkpoint is written, its second is not
             raise KeyboardInterrupt
         return original(state)
 

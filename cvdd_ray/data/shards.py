@@ -1,0 +1,138 @@
+"""Image sets and soft labels of any size as artifacts: one file, or shards that workers write side by side.
+
+How many shards there are depends on the settings alone (images per class, classes, pixels, epochs), never on workers.
+
+A *piece* is what one worker finishes of an image set: an Arrow file with a record batch per (image index, run of
+classes). Shards are put together from record batches of pieces, in the order image index, then class.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cvdd_ray.data.artifacts import Artifacts, Manifest, Written, sha256
+from cvdd_ray.data.imagesets import ImageSet, joint_content, read_image_set, table_bytes
+from cvdd_ray.data.labels import SoftLabels
+from cvdd_ray.data.storage import Store
+
+SHARD_BYTES = 256 << 20
+"""Pixels of an image shard, logits of a label shard, as far as whole image indices and epochs allow."""
+
+
+def shard_name(base: str, shard: int, num_shards: int) -> str:
+    """Return the name of one file of a set: `base.arrow` if it is the only one."""
+    return f"{base}.arrow" if num_shards == 1 else f"{base}-{shard:05d}-of-{num_shards:05d}.arrow"
+
+
+def shard_files(files: Iterable[str], base: str) -> list[str]:
+    """Return the files of a set among others, in order."""
+    return sorted(name for name in files if re.fullmatch(rf"{re.escape(base)}(-\d{{5}}-of-\d{{5}})?\.arrow", name))
+
+
+def per_shard(item_bytes: int) -> int:
+    """Return how many items (image indices of all classes, epochs) of this many bytes go into one shard."""
+    return max(1, SHARD_BYTES // item_bytes)
+
+
+def cuts(num_items: int, size: int) -> list[range]:
+    """Return 0..num_items cut into runs of `size`, the last one shorter."""
+    return [range(start, min(start + size, num_items)) for start in range(0, num_items, size)]
+
+
+# ------------------------------------------------------------------------------------------------- image sets
+
+
+def write_piece(store: Store, name: str, tables: Sequence[pa.Table]) -> None:
+    """Write a piece whose record batch i is table i (`imagesets.image_table`)."""
+    with store.writer(name) as stream, pa.ipc.new_file(stream, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_batch(table.combine_chunks().to_batches()[0])
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One file of an image set to put together: its name, and the record batches (piece, number) it has, in order."""
+
+    name: str
+    batches: tuple[tuple[str, int], ...]
+
+
+def shard_tasks(
+    folder: str, base: str, ipc: int, index_bytes: int, where: Mapping[tuple[int, int], tuple[str, int]]
+) -> dict[str, ShardTask]:
+    """Return the files of a set of `ipc` image indices of `index_bytes` pixels each, by file name. They are written to
+    `folder`; `where` says which record batch holds (image index, first class of a run)."""
+    runs = cuts(ipc, per_shard(index_bytes))
+    names = [shard_name(base, k, len(runs)) for k in range(len(runs))]
+    return {
+        name: ShardTask(f"{folder}/{name}", tuple(where[place] for place in sorted(where) if place[0] in run))
+        for name, run in zip(names, runs, strict=True)
+    }
+
+
+def assemble_shard(task: ShardTask, store: Store, classes: Sequence[str], metadata: Mapping[str, Any], report) -> bytes:
+    """Write one file of an image set from pieces; return its receipt (sha256 of the file, content hash) as JSON."""
+    readers: dict[str, pa.ipc.RecordBatchFileReader] = {}
+    batches = []
+    for piece, number in task.batches:
+        if piece not in readers:
+            readers[piece] = pa.ipc.open_file(store.open(piece))
+        batches.append(readers[piece].get_batch(number))
+    data = table_bytes(pa.Table.from_batches(batches), classes, metadata)
+    store.write(task.name, data)
+    content = read_image_set(data, store.display(task.name)).content()
+    return json.dumps({"sha256": sha256(data), "content": content}).encode()
+
+
+def written_set(tasks: Mapping[str, ShardTask], receipts: Mapping[str, bytes]) -> tuple[dict[str, Written], str]:
+    """Return the files of a set to commit, and its content hash."""
+    found = {name: json.loads(receipts[name]) for name in tasks}
+    files = {name: Written(task.name, found[name]["sha256"]) for name, task in tasks.items()}
+    return files, joint_content([found[name]["content"] for name in tasks])
+
+
+def iterate_images(artifacts: Artifacts, manifest: Manifest, base: str, upto: int | None = None) -> Iterator[ImageSet]:
+    """Yield the shards of a finished stage's image set, verified, one at a time; `upto` ends with the shard that holds
+    the image index before it.  Raises ArtifactError when one is missing or altered."""
+    for name in shard_files(manifest.files, base):
+        where = artifacts.store.display(f"{manifest.stage}/{name}")
+        shard = read_image_set(artifacts.read(manifest, name), where)
+        yield shard
+        if upto is not None and shard.columns["image_index"][-1].as_py() + 1 >= upto:
+            return
+
+
+def load_images(artifacts: Artifacts, manifest: Manifest, base: str, upto: int | None = None) -> ImageSet:
+    """Return the image set of a finished stage as one, or its first shards (see `iterate_images`).
+
+    Raises ArtifactError when a file is missing or altered.
+    """
+    return joined(list(iterate_images(artifacts, manifest, base, upto)))
+
+
+def joined(shards: Sequence[ImageSet]) -> ImageSet:
+    """Return consecutive shards as one set with the content hash of the whole."""
+    if len(shards) == 1:
+        return shards[0]
+    columns = {name: pa.concat_arrays([shard.columns[name] for shard in shards]) for name in shards[0].columns}
+    return replace(
+        shards[0],
+        images_NCHW=np.concatenate([shard.images_NCHW for shard in shards]),
+        labels_N=np.concatenate([shard.labels_N for shard in shards]),
+        columns=columns,
+        shards=tuple(len(shard) for shard in shards),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- soft labels
+
+
+def open_labels(store: Store, files: Sequence[str], images: str | None) -> SoftLabels:
+    """Return the reader of a label set's files (names in the store, in order); a file is opened when one of its epochs is
+    asked for.  Raises ArtifactError as `SoftLabels`."""
+    return SoftLabels([lambda name=name: store.open(name) for name in files], store.display(files[0]), images)
