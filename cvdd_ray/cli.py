@@ -163,7 +163,7 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
         if config.runtime.engine == "ray":
             from cvdd_ray.runner import start_runtime
 
-            run.runtime = start_runtime(config.runtime)
+            run.runtime = start_runtime(config.runtime, run.store, progress.say)
         if verb == "run":
             run_all(run)
         else:

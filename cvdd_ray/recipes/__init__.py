@@ -60,7 +60,7 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
 def without_place(config: Config) -> Config:
     """Return the configuration without the cluster's address and the directory: what it is, not where (a URI may hold
     credentials)."""
-    runtime = config.runtime.model_copy(update={"address": None})
+    runtime = config.runtime.model_copy(update={"address": None, "wait_for_nodes": None, "wait_for_gpus": None})
     return config.model_copy(update={"runtime": runtime, "storage": StorageConfig()})
 
 
