@@ -26,12 +26,16 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet"] = "digits"
-    """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files."""
+    source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet", "webdataset"] = (
+        "digits"
+    )
+    """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files; `webdataset`: tar files
+    train-*.tar and test-*.tar (or val-*.tar) of KEY.jpg with KEY.cls or KEY.json, class names in classes.txt."""
     path: str | None = None
-    """Directory of the data (torchvision root, image folder, or a directory of Parquet files). Not used by `digits`."""
+    """Directory of the data (torchvision root, image folder, Parquet or tar files), or s3:// URI, except for CIFAR. Not used
+    by `digits`."""
     dataset: str | None = None
-    """Row of the dataset table (mean, std, size, roll) for `folder` and `parquet` sources; None: ImageNet statistics."""
+    """Row of the dataset table (mean, std, size, roll) for `folder`, `parquet` and `webdataset`; None: ImageNet statistics."""
     image_size: Positive | None = None
     """Side of the square input in pixels; None: the dataset table's."""
     classes: tuple[str, ...] | None = None
@@ -56,7 +60,8 @@ class CommitteeConfig(Section):
     width: PositiveFloat = 1.0
     """Channel multiplier of every expert at 32/64 px; 1 is the paper's network, below 1 the slim ones for CPU runs."""
     weights: dict[str, str] = {}
-    """Given weights per expert: a `.safetensors`/`.pth` file or `torchvision:IMAGENET1K_V1`. Others are pretrained."""
+    """Given weights per expert: a `.safetensors`/`.pth` file (or its s3:// URI), or `torchvision:IMAGENET1K_V1`. Others are
+    pretrained."""
 
     @model_validator(mode="after")
     def _check(self):

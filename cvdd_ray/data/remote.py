@@ -13,6 +13,7 @@ from pyarrow import fs
 
 from cvdd_ray.data.retries import retried
 from cvdd_ray.data.s3 import PART_BYTES, S3, parse_s3
+from cvdd_ray.recipes import without_login
 
 PARTS_AT_ONCE = 4  # range requests of one large read
 Result = TypeVar("Result")
@@ -24,8 +25,8 @@ def is_uri(address: str) -> bool:
 
 
 def without_secrets(uri: str) -> str:
-    """Return a URI for a message: no login (also where a / in it was left as it is), no options."""
-    return re.sub(r"//(?:[^/@?]*|[^/?]*:.*)@", "//", uri).split("?")[0]
+    """Return a URI for a message: no login, no options."""
+    return without_login(uri).split("?")[0]
 
 
 def below(uri: str, name: str) -> str:
@@ -53,6 +54,9 @@ class Remote:
 
     def __reduce__(self):
         return Remote, (self.uri,)
+
+    def __str__(self) -> str:
+        return self.where(self.base)
 
     def where(self, path: str) -> str:
         """Return a path for a message."""
@@ -114,6 +118,21 @@ class Remote:
         """Remove a folder and what is in it, if it is there."""
         with suppress(FileNotFoundError):
             self.attempt("deleted", path, lambda: self.filesystem.delete_dir(path))
+
+
+def reading(address: str, operation: Callable[[pa.NativeFile], Result]) -> Result:
+    """Return operation(file) for an open file: of the local disk, or of an object store, then all of it tried again while
+    its fault may pass.  Raises FileNotFoundError when there is no such file."""
+    if not is_uri(address):
+        with pa.OSFile(address) as file:
+            return operation(file)
+    remote = Remote(address)
+
+    def work() -> Result:
+        with remote.filesystem.open_input_file(remote.base) as file:
+            return operation(file)
+
+    return remote.attempt("read", remote.base, work)
 
 
 class RemoteFile(io.RawIOBase):

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from cvdd_ray.data.artifacts import Artifacts, Manifest, Written, sha256
+from cvdd_ray.data.cache import mapped
 from cvdd_ray.data.imagesets import ImageSet, joint_content, read_image_set, table_bytes
 from cvdd_ray.data.labels import SoftLabels
 from cvdd_ray.data.storage import Store
@@ -132,7 +133,22 @@ def joined(shards: Sequence[ImageSet]) -> ImageSet:
 # ------------------------------------------------------------------------------------------------- soft labels
 
 
-def open_labels(store: Store, files: Sequence[str], images: str | None) -> SoftLabels:
-    """Return the reader of a label set's files (names in the store, in order); a file is opened when one of its epochs is
-    asked for.  Raises ArtifactError as `SoftLabels`."""
-    return SoftLabels([lambda name=name: store.open(name) for name in files], store.display(files[0]), images)
+def label_files(artifacts: Artifacts, manifest: Manifest, base: str) -> dict[str, str]:
+    """Return the files of a finished stage's label set: names in the store, in order, with their sha256. Those of a local
+    disk are verified now, those of an object store when they are fetched.
+
+    Raises ArtifactError when one is missing or altered.
+    """
+    names = shard_files(manifest.files, base)
+    if artifacts.store.is_local:
+        for name in names:
+            artifacts.verify(manifest, name)
+    return {f"{artifacts.folder(manifest.identity)}/{name}": manifest.files[name] for name in names}
+
+
+def open_labels(store: Store, files: Mapping[str, str], images: str | None) -> SoftLabels:
+    """Return the reader of a label set's files (names in the store, in order, with their sha256); a file is opened when one
+    of its epochs is asked for, from the local cache where the store is an object store.  Raises ArtifactError as
+    `SoftLabels`."""
+    openers = [lambda name=name, digest=digest: mapped(store, name, digest) for name, digest in files.items()]
+    return SoftLabels(openers, store.display(next(iter(files))), images)
