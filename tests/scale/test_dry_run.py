@@ -8,7 +8,7 @@ from scale.dry_run import EXPERTS, dry_run
 from cvdd_ray import load_distilled
 from cvdd_ray.data.shards import shard_files
 
-NUMBERS = dict(num_classes=1000, size=66, ipc=2, per_class=9, iterations=1, epochs=2)
+NUMBERS = {"num_classes": 1000, "size": 66, "ipc": 2, "per_class": 9, "iterations": 1, "epochs": 2}
 
 
 @pytest.fixture(scope="module")
