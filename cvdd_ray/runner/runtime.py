@@ -13,6 +13,7 @@ from cvdd_ray.errors import CvddError
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
 from cvdd_ray.runner.cluster import Share, connect, expert_share, places_with, task_share, worker_bundles
 from cvdd_ray.stages.grouptask import VoterSettings
+from cvdd_ray.stages.runtime import read_and_work
 
 POLL_S = 0.25
 # An actor is restarted when its process or node dies, its calls are repeated; one that keeps dying is given up.
@@ -49,6 +50,17 @@ class RayRuntime:
             for name, item in items.items()
         }
         yield from self._results(waiting, on_report)
+
+    def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
+        if worker_bundles() is not None:  # Ray Data would look for places outside of this trial's
+            yield from self.map(read_and_work, items, (read, worker, *shared), on_report)
+            return
+        from cvdd_ray.runner.streaming import stream
+
+        try:
+            yield from stream(self._c, read, worker, items, shared)
+        except RayTaskError as error:
+            raise mendable(error) from None
 
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None) -> Iterator[tuple[str, bytes]]:
         used = {name for task in tasks.values() for job in task.jobs for name in job.voters}
@@ -154,4 +166,4 @@ def mendable(error: Exception) -> Exception:
     if not isinstance(cause, CvddError):
         return error
     kind = next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)
-    return kind(str(cause.args[0]))
+    return kind(str(cause.args[0]).splitlines()[0])  # Ray Data adds lines of its own
