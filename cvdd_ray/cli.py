@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cvdd_ray.config import RunConfig
-from cvdd_ray.errors import ConfigError, CvddError
+from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
 from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names
 
 app = typer.Typer(
@@ -98,7 +98,9 @@ for _verb, _summary in {
 
 
 @app.command()
-def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run or a sweep.")]) -> None:
+def show(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory (or s3:// URI) of a run or a sweep.")],
+) -> None:
     """Print the summary of a run or a sweep; write its tables and pictures to DIR/report."""
     from cvdd_ray.data.storage import Store
     from cvdd_ray.stages.report import rich_summary, write_report
@@ -111,8 +113,34 @@ def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of
     swept = is_sweep(store)
     for part in rich_sweep(read_sweep(store)) if swept else rich_summary(summarize_run(store)):
         console.print(part)
-    for name, path in (write_sweep_report(store) if swept else write_report(store)).items():
+    try:
+        written = write_sweep_report(store) if swept else write_report(store)
+    except ArtifactError as error:
+        if store.is_local:
+            raise
+        print(f"the report was not written: {error}", file=sys.stderr)  # a bucket that may only be read
+        return
+    for name, path in written.items():
         console.print(f"{name}: {path}", soft_wrap=True)
+    if store.s3 is not None:
+        console.print(f"links to them: cvdd share {store.display('').rstrip('/')}", soft_wrap=True)
+
+
+@app.command()
+def share(
+    folder: Annotated[str, typer.Argument(metavar="URI", help="s3:// URI of a run or a sweep.")],
+    file: Annotated[
+        list[str] | None, typer.Option("--file", metavar="NAME", help="A file in there, or a pattern; may be repeated.")
+    ] = None,
+    expires: Annotated[
+        str, typer.Option("--expires", metavar="TIME", help="How long the links work, e.g. 90m, 7d.")
+    ] = "24h",
+) -> None:
+    """Print links that let anyone fetch the distilled images, soft labels and report of a run in an S3 bucket."""
+    from cvdd_ray.data.sharing import seconds, shared_links
+
+    for name, url in shared_links(folder, file or (), seconds(expires)).items():
+        print(f"{name}: {url}")
 
 
 @app.command()

@@ -36,13 +36,15 @@ class Fault:
 
 
 class FaultyS3:
-    """A bucket of an S3 server, reached through a proxy with `faults`; `requests` are "METHOD /path?query", in order."""
+    """A bucket of an S3 server, reached through a proxy with `faults`; `requests` are "METHOD /path?query", in order, `sent`
+    is the bytes of all answers."""
 
     def __init__(self, server_port: int):
         import boto3
         from botocore.config import Config
 
         self.server_port, self.faults, self.requests = server_port, [], []
+        self.sent = 0
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.bucket = f"bucket-{uuid.uuid4().hex[:8]}"
         config = Config(response_checksum_validation="when_required")  # the server's own are wrong for copies of parts
@@ -163,6 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        with self.server.s3.lock:
+            self.server.s3.sent += len(content)
         half = len(content) // 2 if fault else 0
         self.wfile.write(content[:half])
         if fault and fault.kind == "cut":

@@ -74,9 +74,10 @@ def load_distilled(path: str, ipc: int | None = None) -> DistilledDataset:
     found = [name.split("/")[1] for name in store.names("synthesize") if name.endswith(f"/{MANIFEST}")]
     wanted = [name for name in found if ipc is None or name == f"ipc{ipc}"]
     if len(wanted) != 1:
+        where = without_secrets(path) if is_uri(path) else path
         there = ", ".join(name.removeprefix("ipc") for name in found) or "none"
         raise ArtifactError(
-            f"{without_secrets(path) if is_uri(path) else path}: distilled sets for IPC {there}; name one with ipc=, or make it with `cvdd synthesize`"
+            f"{where}: distilled sets for IPC {there}; name one with ipc=, or make it with `cvdd synthesize`"
         )
     artifacts = Artifacts(store, cached=True)
     manifest = artifacts.require(f"synthesize/{wanted[0]}", "synthesize")

@@ -64,10 +64,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Fault:
-    """What went wrong in words, and what mends it; `advice` is None where time may."""
+    """What went wrong in words, and what mends it; `advice` is None where time may. `absent`: there is no such file."""
 
     reason: str
     advice: str | None = None
+    absent: bool = False
 
 
 def limit_s() -> float:
@@ -103,6 +104,8 @@ def retried(
             fault = diagnose(error)
             if fault is None:
                 raise
+        if fault.absent:
+            raise FileNotFoundError(where)
         if fault.advice is not None:
             raise ArtifactError(f"{where} cannot be {doing}: {fault.reason}; {fault.advice}")
         tried_s = clock() - started
@@ -157,6 +160,8 @@ def _by_code(code: str, status: int, text: str) -> Fault:
         return Fault(_PASSING[known])
     if status >= 500 or status in (-1, 408, 409, 429):
         return Fault("its answer was cut" if status == -1 else f"it answered HTTP {status}")
+    if known == "nosuchkey" or status == 404:
+        return Fault("it is not there", absent=True)
     if status == 403:
         return Fault(*_FOR_GOOD["accessdenied"])
     if not code and status in (301, 400):  # an answer to HEAD has no text

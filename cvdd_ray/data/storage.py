@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from cvdd_ray.data.remote import Remote, is_uri, without_secrets
-from cvdd_ray.data.s3 import PART_BYTES
+from cvdd_ray.data.s3 import PART_BYTES, S3
 from cvdd_ray.errors import ArtifactError
 
 
@@ -130,9 +130,9 @@ class Store:
                 copy.write(part)
 
     @property
-    def has_secrets(self) -> bool:
-        """Whether the root itself carries credentials."""
-        return without_secrets(self.root) != self.root.split("?")[0]
+    def s3(self) -> S3 | None:
+        """The bucket and prefix, where this store is on S3."""
+        return None if self.is_local else self._remote.s3
 
     @property
     def filesystem(self) -> tuple[fs.FileSystem, str]:
@@ -141,7 +141,13 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of all files below a folder; an absent folder has none."""
-        path = self.path(folder)
+        return self._names(self.path(folder))
+
+    def all_names(self) -> list[str]:
+        """Return the sorted names of all files in the store."""
+        return self._names(self._base)
+
+    def _names(self, path: str) -> list[str]:
         if self.is_local:
             found = self._fs.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
             infos = [info for info in found if info.type == fs.FileType.File]

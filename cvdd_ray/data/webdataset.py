@@ -83,9 +83,10 @@ def _find(root: Path | Remote) -> tuple[dict[str, Shard], tuple[str, ...]]:
     """Return the tar files by relative name, in order, and the lines of classes.txt, if it is there."""
     shards, lines = {}, b""
     if isinstance(root, Path):
-        for path in sorted(path for pattern in ("*.tar", "*/*.tar") for path in root.glob(pattern)):
+        files = {path.relative_to(root).as_posix(): path for kind in ("*.tar", "*/*.tar") for path in root.glob(kind)}
+        for name, path in sorted(files.items()):
             about = path.stat()
-            shards[path.relative_to(root).as_posix()] = Shard(str(path), str(path), about.st_size, about.st_mtime_ns)
+            shards[name] = Shard(str(path), str(path), about.st_size, about.st_mtime_ns)
         with suppress(FileNotFoundError):
             lines = (root / CLASSES).read_bytes()
     else:
@@ -104,7 +105,7 @@ def _find(root: Path | Remote) -> tuple[dict[str, Shard], tuple[str, ...]]:
 def _split(name: str) -> str | None:
     """Return train, test or val: the folder's name, or a word of the file's own."""
     folder, _, file = name.rpartition("/")
-    for words in ([folder], re.split(r"[^A-Za-z0-9]+", file.lower())):
+    for words in ([folder.lower()], re.split(r"[^A-Za-z0-9]+", file.lower())):
         for split, spellings in {"train": {"train"}, "test": {"test"}, "val": {"val", "validation"}}.items():
             if spellings & set(words):
                 return split
@@ -198,7 +199,7 @@ def _index(shard: Shard) -> pa.Table:
 
     try:
         path = kept(shard.index_name(), make)
-        return made[0] if made else pa.ipc.open_file(pa.OSFile(path)).read_all()
+        return made[0] if made else pa.ipc.open_file(pa.OSFile(str(path))).read_all()
     except (OSError, pa.ArrowInvalid):  # a cache that cannot be used: the index is only not kept
         return made[0] if made else index_tar(shard)
 
@@ -247,7 +248,10 @@ def _note(member: tarfile.TarInfo, stream: BinaryIO, samples: dict[str, dict], w
         sample |= {"offset": member.offset_data, "size": member.size}
     elif extension in (".cls", ".json"):
         stream.seek(member.offset_data)
-        label = _label(stream.read(member.size), extension, f"{where}: {key}{extension}")
+        content = stream.read(member.size)
+        if len(content) < member.size:
+            raise tarfile.ReadError(f"it ends inside {member.name}")
+        label = _label(content, extension, f"{where}: {key}{extension}")
         if label is None:
             return
         there = samples.setdefault(key, {}).setdefault("label", label)

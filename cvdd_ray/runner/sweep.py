@@ -15,7 +15,7 @@ from cvdd_ray.data.artifacts import Artifacts, first_difference, source_stores
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
-from cvdd_ray.recipes import dump_config, with_settings, without_place
+from cvdd_ray.recipes import dump_config, with_settings, without_login, without_place
 from cvdd_ray.runner.cluster import connect, disconnect, places_with
 from cvdd_ray.runner.leases import lease_desk, leased
 from cvdd_ray.runner.runtime import RayRuntime, mendable
@@ -67,11 +67,19 @@ def sweep(
     """
     progress = progress or Silent()
     store, sources = Store(out), source_stores(reuse)
-    if store.has_secrets:
-        raise ConfigError(
-            f"out: {store.display('').rstrip('/')} was given with credentials, which would end up in Ray Tune's files; leave "
-            f"them to the standard chain (AWS_ACCESS_KEY_ID, profiles, roles)"
-        )
+    weights = [(f"committee.weights.{name}", source) for name, source in config.committee.weights.items()]
+    places = [
+        ("out", str(out)),
+        ("data.path", config.data.path or ""),
+        *weights,
+        *(("--reuse", root) for root in reuse),
+    ]
+    for name, place in places:
+        if place != without_login(place):
+            raise ConfigError(
+                f"{name}: {without_login(place)} was given with credentials, which would end up in Ray Tune's files; leave "
+                f"them to the standard chain (AWS_ACCESS_KEY_ID, profiles, roles)"
+            )
     base = config.run_config()
     first = Run(base, Artifacts(store, variants=True), progress=progress)
     _refuse_another(config, store, overwrite)

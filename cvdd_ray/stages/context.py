@@ -204,7 +204,8 @@ class StageWork:
 
     def _collect(self, items, sizes, unit, doing, start) -> dict[str, bytes]:
         store, progress = self.run.store, self.run.progress
-        results = {name: store.read(self._name(name)) for name in items if store.exists(self._name(name))}
+        there = set(store.names(self.partial))
+        results = {name: store.read(self._name(name)) for name in items if self._name(name) in there}
         todo = {name: item for name, item in items.items() if name not in results}
         shares = dict.fromkeys(results, 1.0)
         notes: dict[str, tuple] = {}
