@@ -88,7 +88,7 @@ class FaultyS3:
     def get(self, key: str) -> bytes:
         return self.direct.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
-    def keys(self) -> list[str]:
+    def object_keys(self) -> list[str]:
         pages = self.direct.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
         keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
         return sorted(key for key in keys if not key.endswith("/"))  # pyarrow leaves empty folder marks

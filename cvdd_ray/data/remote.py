@@ -72,8 +72,11 @@ class Remote:
 
     def files(self, path: str) -> list[fs.FileInfo]:
         """Return all files below a path, from one recursive listing; an absent one has none."""
-        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-        found = self.attempt("listed", path, lambda: self.filesystem.get_file_info(selector))
+        selector = fs.FileSelector(path, recursive=True)  # allow_not_found would also forgive an absent bucket
+        try:
+            found = self.attempt("listed", path, lambda: self.filesystem.get_file_info(selector))
+        except FileNotFoundError:
+            return []
         return [info for info in found if info.type == fs.FileType.File]
 
     def open(self, path: str) -> "RemoteFile":

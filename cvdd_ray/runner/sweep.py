@@ -66,7 +66,6 @@ def sweep(
     sweep and `overwrite` is off, and the first trial's error when all trials fail.
     """
     progress = progress or Silent()
-    store, sources = Store(out), source_stores(reuse)
     weights = [(f"committee.weights.{name}", source) for name, source in config.committee.weights.items()]
     places = [
         ("out", str(out)),
@@ -80,6 +79,7 @@ def sweep(
                 f"{name}: {without_login(place)} was given with credentials, which would end up in Ray Tune's files; leave "
                 f"them to the standard chain (AWS_ACCESS_KEY_ID, profiles, roles)"
             )
+    store, sources = Store(out), source_stores(reuse)
     base = config.run_config()
     first = Run(base, Artifacts(store, variants=True), progress=progress)
     _refuse_another(config, store, overwrite)

@@ -116,7 +116,13 @@ def distill(
     }
     voter = VoterSettings(run.config.synthesize.bn_weight, run.config.synthesize.first_bn_multiplier)
     traces = work.distill(tasks, specs, voter, doing=doing)
-    about = {"kind": "distilled", "config": run.config.model_dump(mode="json", exclude={"runtime", "storage"})}
+    place = {
+        "runtime": True,
+        "storage": True,
+        "data": {"path"},
+        "committee": {"weights"},
+    }  # equal bytes wherever it ran
+    about = {"kind": "distilled", "config": run.config.model_dump(mode="json", exclude=place)}
     result = {}
     for base in sets:
         own = {title: group for title, (owner, group) in groups.items() if owner == base}

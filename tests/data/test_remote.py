@@ -65,7 +65,7 @@ def test_what_passes_is_tried_again_until_the_bytes_are_right(s3, store, fault):
     removed = s3.fail(match="DELETE /.*/run/a/b", times=2, **{**fault, "kind": "reset"})
     store.delete("a/b")
     assert removed.used == 2
-    assert s3.keys() == ["run/there"]
+    assert s3.object_keys() == ["run/there"]
 
 
 @pytest.mark.parametrize("fault", PASSING, ids=lambda fault: f"{fault['kind']}{fault.get('value', '')}")
@@ -95,7 +95,7 @@ def test_a_broken_upload_is_never_seen_and_the_next_try_is_whole(s3, store):
 
     def look(request):
         if request.startswith("POST"):
-            seen.append(s3.keys())
+            seen.append(s3.object_keys())
         return real(request)
 
     s3.fault_for = look
@@ -118,7 +118,7 @@ def test_a_producer_that_fails_leaves_nothing(s3, store):
 
     with pytest.raises(OSError, match="no more input"):
         fail()
-    assert s3.keys() == []
+    assert s3.object_keys() == []
     assert s3.seen("PUT|POST") == []
 
 
