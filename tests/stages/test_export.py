@@ -312,6 +312,18 @@ def test_only_an_earlier_export_is_replaced(finished, tmp_path, monkeypatch):
         cvdd_ray.export(finished, "imagefolder", str(dest), overwrite=True)
     assert all_files(dest) == before
     monkeypatch.undo()
+    real = os.rename
+
+    def full(source, target):
+        if Path(target) == dest and str(source).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(ArtifactError, match=r"x cannot be written \(No space left on device\); give another --dest"):
+        cvdd_ray.export(finished, "imagefolder", str(dest), overwrite=True)
+    assert all_files(dest) == before
+    monkeypatch.undo()
     cvdd_ray.export(finished, "imagefolder", str(dest), overwrite=True)
     assert not (dest / "train-00000.tar").exists()
     assert (dest / "train").is_dir()
