@@ -130,7 +130,7 @@ def _card(source: Publishable, license_id: str, about: Mapping[str, Any], sectio
     num_images = sum(one.num_images for one in source.sets)
     ipc = " and ".join(str(one.ipc) for one in source.sets)
     many = "image" if ipc == "1" else "images"
-    title = f"{_name(source)} distilled to {ipc} {many} per class"
+    title = f"{_name(source).removeprefix('an ').removeprefix('a ')} distilled to {ipc} {many} per class"
     matter = {
         "license": license_id,
         "task_categories": ["image-classification"],
@@ -279,7 +279,7 @@ def _labels(one: DistilledSet) -> str:
     mode = f"BatchNorm on groups of {r['bn_group']} images (BSSL)" if r["batchnorm"] == "batch" else "eval mode"
     cutmix = "CutMix" if r["cutmix"] else "no CutMix"
     return (
-        f"{r['epochs']} epochs, batches of {r['batch_size']}, teachers {', '.join(r['teachers'])}, {mode}, {cutmix}, "
+        f"{r['epochs']} epochs, batches of {min(r['batch_size'], one.num_images)}, teachers {' + '.join(r['teachers'])}, {mode}, {cutmix}, "
         f"{_views(r['crop_scale'], settings['data.flip'])}"
     )
 
@@ -295,8 +295,9 @@ def _accuracy(source: Publishable) -> str:
         return "None is known: no students were trained on these images (`cvdd evaluate` trains them)."
     settings = source.reader.manifests[f"evaluate/ipc{chosen[0]}"].identity["settings"]["evaluate"]
     return (
-        f"Students trained from scratch for {settings['epochs']} epochs at {_width(settings['width'])}, tested "
-        f"on the real test set; mean and standard deviation over the seeds, in percent.\n\n"
+        f"Students trained from scratch at {_width(settings['width'])} for {settings['epochs']} epochs (AdamW, learning rate "
+        f"{settings['lr']:g}, temperature {settings['temperature']:g} with soft labels), tested on the real test set; mean and "
+        f"standard deviation over the seeds, in percent.\n\n"
         f"{markdown_table(source.summary)}\n\n{RULE}"
     )
 
