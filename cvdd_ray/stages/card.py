@@ -278,8 +278,9 @@ def _labels(one: DistilledSet) -> str:
     r = settings["relabel"]
     mode = f"BatchNorm on groups of {r['bn_group']} images (BSSL)" if r["batchnorm"] == "batch" else "eval mode"
     cutmix = "CutMix" if r["cutmix"] else "no CutMix"
+    batch, teachers = min(r["batch_size"], one.num_images), " + ".join(r["teachers"])
     return (
-        f"{r['epochs']} epochs, batches of {min(r['batch_size'], one.num_images)}, teachers {' + '.join(r['teachers'])}, {mode}, {cutmix}, "
+        f"{r['epochs']} epochs, batches of {batch}, teachers {teachers}, {mode}, {cutmix}, "
         f"{_views(r['crop_scale'], settings['data.flip'])}"
     )
 
