@@ -23,6 +23,8 @@ from cvdd_ray.data.storage import Store
 SHARD_BYTES = 256 << 20
 """Pixels of an image shard, logits of a label shard, as far as whole image indices and epochs allow."""
 
+ROWS_AT_ONCE = 64  # of a set that is streamed
+
 
 def shard_name(base: str, shard: int, num_shards: int) -> str:
     """Return the name of one file of a set: `base.arrow` if it is the only one."""
@@ -143,7 +145,29 @@ def joined(shards: Sequence[ImageSet]) -> ImageSet:
     )
 
 
+def image_batches(artifacts: Artifacts, manifest: Manifest, base: str) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a finished image set in order, few at a time, image files undecoded; the schema's metadata has the
+    `huggingface` features.  Raises ArtifactError when a file is missing or altered."""
+    for name in shard_files(manifest.files, base):
+        with artifacts.store.open(artifacts.verify(manifest, name)) as file:
+            for batch in pa.ipc.open_stream(file):
+                for start in range(0, len(batch), ROWS_AT_ONCE):
+                    yield batch.slice(start, ROWS_AT_ONCE)
+
+
 # ------------------------------------------------------------------------------------------------- soft labels
+
+
+def label_batches(artifacts: Artifacts, manifest: Manifest, base: str) -> Iterator[pa.RecordBatch]:
+    """Yield the soft labels of a finished stage epoch by epoch, a row per batch (`labels.SCHEMA`).
+
+    Raises ArtifactError when a file is missing or altered.
+    """
+    for name in shard_files(manifest.files, base):
+        with artifacts.store.open(artifacts.verify(manifest, name)) as file:
+            reader = pa.ipc.open_file(file)
+            for epoch in range(reader.num_record_batches):
+                yield reader.get_batch(epoch)
 
 
 def open_labels(store: Store, files: Sequence[str], images: str | None) -> SoftLabels:
