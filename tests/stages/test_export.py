@@ -18,6 +18,7 @@ from huggingface_hub import DatasetCard
 from pyarrow import fs
 
 import cvdd_ray
+from cvdd_ray.data import shards
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.recipes import load_config
@@ -118,6 +119,22 @@ def test_the_hub_layout_opens_with_its_images_and_labels(finished, tmp_path):
         assert len(row["logits"]) == 10 * len(row["image_index"])
     first = [i for row in labels if row["epoch"] == 0 for i in row["image_index"]]
     assert sorted(images[i]["label"] for i in first) == sorted(images["label"])
+
+
+def test_a_run_in_shards_exports_the_same_data(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    run = Run(load_config(f"{finished}/config.yaml"), str(tmp_path / "cut"))
+    for stage in list(STAGES.values())[:-1]:
+        stage(run)
+    remember(run)
+    assert Path(run.store.root, "synthesize/ipc2/distilled-00001-of-00002.arrow").exists()
+    assert Path(run.store.root, "relabel/ipc2/distilled/labels-00001-of-00002.arrow").exists()
+    data = []
+    for source in (finished, run.store.root):
+        dest = tmp_path / f"of-{Path(source).name}"
+        cvdd_ray.export(source, "hub", str(dest))
+        data.append({name: content for name, content in all_files(dest).items() if name.startswith("data/")})
+    assert data[0] == data[1]
 
 
 def test_the_hub_card_rebuilds_the_views_the_teachers_labelled(finished, tmp_path, monkeypatch):
