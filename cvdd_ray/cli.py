@@ -144,6 +144,32 @@ def share(
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory (or s3:// URI) of a run.")],
+    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="hub, imagefolder or webdataset.")],
+    dest: Annotated[str, typer.Option("--dest", metavar="FOLDER", help="New directory (or s3:// URI) of the export.")],
+    ipc: Annotated[int | None, typer.Option("--ipc", metavar="N", help="One of several; hub takes all.")] = None,
+    license_: Annotated[
+        str, typer.Option("--license", metavar="ID", help="Licence in the Hub's spelling, e.g. cc-by-4.0.")
+    ] = "unknown",
+    shard_mb: Annotated[float, typer.Option("--shard-mb", help="Largest Parquet or tar file in MiB.")] = 500,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at FOLDER.")] = False,
+) -> None:
+    """Publish a run: Hugging Face Hub layout, image folder, or WebDataset tar files."""
+    import cvdd_ray
+    from cvdd_ray.runner.progress import LiveProgress
+
+    progress = LiveProgress()
+    try:
+        where = cvdd_ray.export(
+            folder, to, dest, ipc=ipc, license=license_, shard_mb=shard_mb, overwrite=overwrite, progress=progress
+        )
+    finally:
+        progress.close()
+    print(f"exported to {where}")
+
+
+@app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, resolved.")] = None) -> None:
     """List the packaged recipes, or print one with every setting."""
     if name is not None:

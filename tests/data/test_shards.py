@@ -56,13 +56,14 @@ def pieces(tmp_path):
             for i in reversed(range(IPC))  # in whatever order
         ]
         shards.write_piece(store, f"piece{first}", tables)
-        where |= {(i, first): (f"piece{first}", IPC - 1 - i) for i in range(IPC)}
+        where |= {i: [*where.get(i, []), (f"piece{first}", IPC - 1 - i)] for i in range(IPC)}
     return store, where
 
 
 def assembled(store, where, folder="out"):
-    tasks = shards.shard_tasks(folder, "set", IPC, 4 * 3 * SIDE**2, where)
-    receipts = {name: shards.assemble_shard(task, store, CLASSES, {"ipc": IPC}, None) for name, task in tasks.items()}
+    tasks = shards.shard_tasks(folder, "set", IPC, 4 * 3 * SIDE**2)
+    about = {"ipc": IPC}
+    receipts = {n: shards.assemble_shard(task, store, CLASSES, about, where, None) for n, task in tasks.items()}
     return shards.written_set(tasks, receipts)
 
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from cvdd_ray.errors import DataError
+from cvdd_ray.stages import initialize as module
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import initialize
 from cvdd_ray.stages.pretrain import pretrain
@@ -55,7 +56,7 @@ def test_an_error_of_the_data_is_raised_as_itself(ray_runtime):
         list(ray_runtime.stream(refuse, Sum, {"x": "cat"}, (1.0,)))
 
 
-def test_patches_of_images_on_disk_are_those_of_the_reference(ray_runtime, make_config, tmp_path):
+def test_patches_of_images_on_disk_are_those_of_the_reference(ray_runtime, make_config, tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 1)):
         for name in ("cat", "dog", "eel"):
@@ -77,10 +78,11 @@ def test_patches_of_images_on_disk_are_those_of_the_reference(ray_runtime, make_
     for name in local.store.names("pretrain"):
         streamed.store.write(name, local.store.read(name))
     calls = []
+    monkeypatch.setattr(module, "BLOCK", 8)
     original = ray_runtime.stream
     ray_runtime.stream = lambda *given: calls.append(len(given[2])) or original(*given)
     try:
         assert initialize(streamed, 2).files == initialize(local, 2).files
     finally:
         del ray_runtime.stream
-    assert calls == [3]
+    assert calls == [4]  # 30 images, read in runs of 8

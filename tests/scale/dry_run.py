@@ -30,8 +30,9 @@ EXPERTS = ("shufflenet_v2", "mobilenet_v2")
 REAL_SIZE = 224
 
 
-def make_images(root: Path, num_classes: int, per_class: int, size: int) -> None:
-    """Write train/ and val/ with noisy gradients of a colour per class: `per_class` and one JPEG file of each."""
+def make_images(root: Path, num_classes: int, per_class: int, size: int, listed: int = 0) -> None:
+    """Write train/ and val/ with noisy gradients of a colour per class: `per_class` and one JPEG file of each; further
+    names of the first file make `listed` train images."""
     draw = np.random.default_rng(0)
     noise = draw.normal(0, 25, (16, size, size + 8, 3))
     ramp = np.linspace(-60, 60, size + 8)[None, :, None]
@@ -43,6 +44,8 @@ def make_images(root: Path, num_classes: int, per_class: int, size: int) -> None
             for i in range(count):
                 pixels = np.clip(colour + ramp + noise[(label + i) % 16], 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.JPEG")
+        for i in range(per_class, listed):
+            os.link(root / "train" / f"n{label:08d}" / "0.JPEG", root / "train" / f"n{label:08d}" / f"{i}.JPEG")
 
 
 def make_weights(root: Path, num_classes: int, size: int) -> dict[str, str]:
@@ -138,9 +141,9 @@ class PeakMemory(threading.Thread):
         self.join()
 
 
-def dry_run(root: Path, **numbers) -> dict:
+def dry_run(root: Path, *, listed: int = 0, **numbers) -> dict:
     """Make images and weights below `root`, run all stages on a private Ray, and return what there is to know."""
-    make_images(root / "images", numbers["num_classes"], numbers["per_class"], numbers["size"])
+    make_images(root / "images", numbers["num_classes"], numbers["per_class"], numbers["size"], listed)
     config = dry_config(root, **numbers)
     shards.SHARD_BYTES = round(shards.SHARD_BYTES * (numbers["size"] / REAL_SIZE) ** 2)
     images.VERIFY_LIMIT = 0  # as for a set of 1.28 million
@@ -166,7 +169,7 @@ def dry_run(root: Path, **numbers) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("num-classes", 1000), ("size", 72), ("ipc", 10), ("per-class", 46), ("iterations", 2), ("epochs", 30),
+        ("num-classes", 1000), ("size", 72), ("ipc", 10), ("per-class", 46), ("listed", 1281), ("iterations", 2), ("epochs", 30),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     numbers = vars(parser.parse_args())
