@@ -64,13 +64,16 @@ def sweep_command(
 ) -> None:  # fmt: skip
     """Search settings with Ray Tune; run again after an interruption, it continues where it stopped."""
     import cvdd_ray
-    from cvdd_ray.runner.progress import LiveProgress
+    from cvdd_ray.runner.progress import open_progress
 
     config = cvdd_ray.load_sweep(file, _changes(set_, address), base=base)
     folder = out or config.storage.out or str(Path("runs") / Path(file).stem)
-    progress = LiveProgress()
+    progress = open_progress(config.runtime.log_format)
     try:
-        cvdd_ray.sweep(config, folder, reuse=reuse or (), overwrite=overwrite, progress=progress, verbose=verbose)
+        cvdd_ray.sweep(
+            config, folder, reuse=reuse or (), overwrite=overwrite, progress=progress, on_event=progress.event,
+            verbose=verbose,
+        )  # fmt: skip
     finally:
         progress.close()
     show(folder)
@@ -205,11 +208,11 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
 
     from cvdd_ray.data.artifacts import Artifacts, source_stores
     from cvdd_ray.data.storage import Store
-    from cvdd_ray.runner.progress import LiveProgress
+    from cvdd_ray.runner.progress import open_progress
     from cvdd_ray.stages.context import Run
     from cvdd_ray.stages.pipeline import STAGES, check, remember, run_all
 
-    progress = LiveProgress()
+    progress = open_progress(config.runtime.log_format)
     artifacts = Artifacts(Store(folder), overwrite, sources=source_stores(reuse))
     run = Run(config, artifacts, progress=progress)
     try:
@@ -217,7 +220,7 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
         if config.runtime.engine == "ray":
             from cvdd_ray.runner import start_runtime
 
-            run.runtime = start_runtime(config.runtime)
+            run.runtime = start_runtime(config.runtime, progress.event)
         if verb == "run":
             run_all(run)
         else:

@@ -317,6 +317,9 @@ class RuntimeConfig(Section):
     """Torch threads of every actor and task."""
     groups_in_flight: Positive = 2
     """Job groups the coordinator drives at once, so that no expert waits for it."""
+    log_format: Literal["plain", "json"] = "plain"
+    """What the command writes to stderr: lines for people, or one JSON object per event (stages, progress, pieces of
+    work, checkpoints, failures) for programs."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -3,13 +3,16 @@
 import os
 import secrets
 import sys
+from collections.abc import Callable
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.stages.runtime import Runtime
 
 
-def start_runtime(c: RuntimeConfig) -> Runtime:
+def start_runtime(c: RuntimeConfig, on_event: Callable[[str, dict], None] = lambda event, facts: None) -> Runtime:
     """Return a runtime on Ray: a private cluster on this machine, or the one at `runtime.address`.
+
+    `on_event` is told of starts, checkpoints, finished pieces and failures (RayRuntime).
 
     Raises ConfigError when Ray does not start or answer.
     """
@@ -17,7 +20,7 @@ def start_runtime(c: RuntimeConfig) -> Runtime:
         protect_private_cluster()
     from cvdd_ray.runner.runtime import RayRuntime
 
-    return RayRuntime(c)
+    return RayRuntime(c, on_event)
 
 
 def protect_private_cluster() -> None:

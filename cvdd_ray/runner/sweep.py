@@ -55,12 +55,14 @@ def sweep(
     reuse: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
+    on_event: Callable[[str, dict], None] = lambda event, facts: None,
     verbose: bool = False,
 ) -> tune.ResultGrid:
     """Run a sweep below `out`, or continue the one that is there, and return Tune's results.
 
     Stages that no swept setting changes are made once, before the trials; finished stages of other runs or sweeps named in
-    `reuse` are taken over where they are the same. Results: results.parquet, best.yaml, final.json, report/.
+    `reuse` are taken over where they are the same. `on_event` is told of failures and more in the shared stages (RayRuntime).
+    Results: results.parquet, best.yaml, final.json, report/.
 
     Raises ConfigError for settings that cannot work (before anything starts), ArtifactError when `out` holds another
     sweep and `overwrite` is off, and the first trial's error when all trials fail.
@@ -94,7 +96,7 @@ def sweep(
     try:
         if not verbose:
             quiet_tune()
-        runtime = RayRuntime(config.runtime) if config.runtime.engine == "ray" else LocalRuntime()
+        runtime = RayRuntime(config.runtime, on_event) if config.runtime.engine == "ray" else LocalRuntime()
         artifacts = Artifacts(store, variants=True, sources=sources, exclusive=partial(leased, lease_desk(store)))
         run_of = partial(run_beside, base, first.real, artifacts=artifacts, runtime=runtime, progress=progress)
         _check_room(config, base)
