@@ -11,7 +11,15 @@ from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.errors import CvddError
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
-from cvdd_ray.runner.cluster import Share, connect, expert_share, places_with, task_share, worker_bundles
+from cvdd_ray.runner.cluster import (
+    Share,
+    connect,
+    expert_share,
+    places_with,
+    student_share,
+    task_share,
+    worker_bundles,
+)
 from cvdd_ray.stages.grouptask import VoterSettings
 from cvdd_ray.stages.runtime import read_and_work
 
@@ -35,8 +43,8 @@ class RayRuntime:
     def __init__(self, c: RuntimeConfig):
         self._owns_ray = connect(c)
         self._c = c
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox).remote()
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=self._here)(Mailbox).remote()
         self._experts: dict[str, Any] = {}
         self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
         self._kept: dict[str, Any] = {}
@@ -50,6 +58,27 @@ class RayRuntime:
             for name, item in items.items()
         }
         yield from self._results(waiting, on_report)
+
+    def train(
+        self, function, items, shared, num_workers, on_report=lambda name, report: None
+    ) -> Iterator[tuple[str, Any]]:
+        from cvdd_ray.runner.dataparallel import ENVIRONMENT, WorkerGroups
+
+        self.release()  # workers take whole GPUs
+        share, at_once = student_share(self._c, num_workers)
+        groups = _remote(
+            WorkerGroups, Share(0.0, 0.0), scheduling_strategy=self._here, runtime_env={"env_vars": ENVIRONMENT},
+            concurrency_groups={"train": at_once, "tell": 8},
+        ).remote(num_workers, share, self._c.threads_per_actor)  # fmt: skip
+        run = groups.run.options(concurrency_group="train")
+        shared_refs = [ray.put(value) for value in shared]
+        try:
+            waiting = {
+                run.remote(name, item, function, shared_refs, self._mailbox): name for name, item in items.items()
+            }
+            yield from self._results(waiting, on_report)
+        finally:
+            ray.kill(groups)
 
     def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         if worker_bundles() is not None:  # Ray Data would look for places outside of this trial's
