@@ -276,6 +276,11 @@ class EvaluateConfig(Section):
     """Number of the first student: others are other students (a sweep's final test takes fresh ones)."""
     test_every: Positive = 10
     """Epochs between test evaluations; the last epoch is always tested."""
+    workers: Positive = 1
+    """Processes that train one student together, with a GPU each where there are GPUs: the micro-batches of a batch are
+    dealt to them, so at most batch_size / bn_group. Same student up to the last bits of sums; needs Ray."""
+    checkpoint_minutes: NonNegative = 5.0
+    """Minutes between checkpoints of a student in training, written at the end of an epoch; 0: after every epoch."""
     baselines: tuple[Literal["random_hard", "random_soft", "start_soft", "eval_labels"], ...] = (
         "random_hard",
         "random_soft",
@@ -368,6 +373,11 @@ class RunConfig(Section):
         if self.evaluate.warmup_epochs >= self.student_epochs:
             raise ValueError(
                 f"evaluate.warmup_epochs {self.evaluate.warmup_epochs} must be fewer than the {self.student_epochs} epochs"
+            )
+        if self.evaluate.workers > 1 and self.runtime.engine == "local":
+            raise ValueError(
+                f"evaluate.workers {self.evaluate.workers} needs several processes, runtime.engine 'local' is one; use "
+                f"engine 'ray', or workers 1"
             )
         return self
 

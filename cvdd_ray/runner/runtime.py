@@ -14,7 +14,15 @@ from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.errors import CvddError
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox, tell
-from cvdd_ray.runner.cluster import Share, connect, expert_share, places_with, task_share, worker_bundles
+from cvdd_ray.runner.cluster import (
+    Share,
+    connect,
+    expert_share,
+    places_with,
+    student_share,
+    task_share,
+    worker_bundles,
+)
 from cvdd_ray.runner.metrics import record
 from cvdd_ray.stages.grouptask import VoterSettings
 from cvdd_ray.stages.runtime import read_and_work
@@ -23,9 +31,17 @@ POLL_S = 0.25
 SILENT_S = 30.0  # when no worker has begun for so long, for twice as long ..., it is said
 # An actor is restarted when its process or node dies, its calls are repeated; one that keeps dying is given up.
 RESTARTED = {"max_restarts": 20, "max_task_retries": -1}
-# What the pieces of a stage's tasks are.
-UNITS = {"pretrain": "experts", "prior": "students", "initialize": "classes", "relabel": "label blocks",
-         "evaluate": "students"}  # fmt: skip
+# Which stage a function of the stages works for, and what its pieces are.
+WORK = {
+    "train_one": ("pretrain", "experts"),
+    "measure_expert": ("prior", "students"),
+    "read_and_work": ("initialize", "pieces"),
+    "cut_piece": ("initialize", "pieces"),
+    "tile_shard": ("initialize", "image files"),
+    "assemble_shard": ("synthesize", "image files"),
+    "label_epochs": ("relabel", "label blocks"),
+    "run_student": ("evaluate", "students"),
+}
 # An actor or task that says a second time that it has started, has failed before.
 AGAIN = {"actor_started": "actor_restarted", "task_started": "task_retried"}
 
@@ -61,8 +77,8 @@ class RayRuntime:
         self._owns_ray = connect(c)
         self._c, self._on_event = c, on_event
         self._started: set[str] = set()  # Ray's ids of the actors and tasks that have said so
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox).remote()
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=self._here)(Mailbox).remote()
         self._experts: dict[str, Any] = {}
         self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
         self._kept: dict[str, Any] = {}
@@ -75,9 +91,28 @@ class RayRuntime:
             remote.remote(function, item, name, self._mailbox, self._c.threads_per_actor, *shared_refs): name
             for name, item in items.items()
         }
-        stage = function.__module__.rpartition(".")[2]
-        sizes = dict.fromkeys(items, 1)
-        yield from self._results(waiting, on_report, Work(stage, UNITS.get(stage, "pieces"), sizes))
+        yield from self._results(waiting, on_report, _work(function, items))
+
+    def train(
+        self, function, items, shared, num_workers, on_report=lambda name, report: None
+    ) -> Iterator[tuple[str, Any]]:
+        from cvdd_ray.runner.dataparallel import ENVIRONMENT, WorkerGroups
+
+        self.release()  # workers take whole GPUs
+        share, at_once = student_share(self._c, num_workers)
+        groups = _remote(
+            WorkerGroups, Share(0.0, 0.0), scheduling_strategy=self._here, runtime_env={"env_vars": ENVIRONMENT},
+            concurrency_groups={"train": at_once, "tell": 8},
+        ).remote(num_workers, share, self._c.threads_per_actor)  # fmt: skip
+        run = groups.run.options(concurrency_group="train")
+        shared_refs = [ray.put(value) for value in shared]
+        try:
+            waiting = {
+                run.remote(name, item, function, shared_refs, self._mailbox): name for name, item in items.items()
+            }
+            yield from self._results(waiting, on_report, _work(function, items))
+        finally:
+            ray.kill(groups)
 
     def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         if worker_bundles() is not None:  # Ray Data would look for places outside of this trial's
@@ -85,8 +120,11 @@ class RayRuntime:
             return
         from cvdd_ray.runner.streaming import stream
 
+        work = _work(read_and_work, items)
         try:
-            yield from stream(self._c, read, worker, items, shared)
+            for name, rows in stream(self._c, read, worker, items, shared):
+                self._done(name, work)
+                yield name, rows
         except RayTaskError as error:
             raise mendable(error) from None
 
@@ -162,8 +200,7 @@ class RayRuntime:
                 for result_ref in ready:
                     name = waiting.pop(result_ref)
                     result = self._get(result_ref, name)
-                    record("cvdd_work_done", work.sizes[name], stage=work.stage, unit=work.unit)
-                    self._on_event("piece_done", {"what": name, "number": work.sizes[name], "unit": work.unit})
+                    self._done(name, work)
                     yield name, result
         finally:
             record("cvdd_work_left", 0, stage=work.stage, unit=work.unit)
@@ -201,6 +238,10 @@ class RayRuntime:
                 raise
             raise cause from None
 
+    def _done(self, name: str, work: Work) -> None:
+        record("cvdd_work_done", work.sizes[name], stage=work.stage, unit=work.unit)
+        self._on_event("piece_done", {"what": name, "number": work.sizes[name], "unit": work.unit})
+
     def _failed(self, kind: str, what: str, **facts: Any) -> None:
         record("cvdd_failures", 1, kind=kind)
         self._on_event("failure", {"kind": kind, "what": what, **facts})
@@ -209,6 +250,10 @@ class RayRuntime:
         self.release()
         if self._owns_ray:
             ray.shutdown()
+
+
+def _work(function: Callable, items: Mapping[str, Any]) -> Work:
+    return Work(*WORK.get(function.__name__, ("other", "pieces")), dict.fromkeys(items, 1))
 
 
 def _remote(plain: type, share: Share, **options: Any):

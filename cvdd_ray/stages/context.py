@@ -147,13 +147,18 @@ class StageWork:
         self._started = time.monotonic()
 
     def each(
-        self, function: Callable[..., bytes], items: Mapping[str, Any], shared: tuple = (), *, doing: str = ""
-    ) -> dict[str, bytes]:
-        """Return function(item, *shared, report=...) for every item, as bytes; finished items survive an interruption."""
-        return self._collect(
-            items, dict.fromkeys(items, 1.0), "pieces", doing,
-            lambda todo, on_report: self.run.runtime.map(function, todo, shared, on_report),
-        )  # fmt: skip
+        self, function: Callable[..., bytes], items: Mapping[str, Any], shared: tuple = (), *, doing: str = "",
+        num_workers: int = 1,
+    ) -> dict[str, bytes]:  # fmt: skip
+        """Return function(item, *shared, report=...) for every item, as bytes; finished items survive an interruption.
+        With several workers per item they run it together, see Runtime.train."""
+
+        def start(todo, on_report):
+            if num_workers == 1:
+                return self.run.runtime.map(function, todo, shared, on_report)
+            return self.run.runtime.train(function, todo, shared, num_workers, on_report)
+
+        return self._collect(items, dict.fromkeys(items, 1.0), "pieces", doing, start)
 
     def stream(
         self, read: Callable, worker: type, items: Mapping[str, Any], shared: tuple, *, stream: bool, doing: str = ""

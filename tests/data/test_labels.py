@@ -240,7 +240,10 @@ def run_student(arm, store):
     settings = StudentSettings(
         epochs=1, batch_size=16, bn_group=8, lr=0.1, weight_decay=0.0, eta=1.0, temperature=20.0, test_every=1
     )
-    task, test = evaluate.StudentTask("distilled", "convnet3", 0), (pixels(8), np.arange(8) % CLASSES)
+    task, test = (
+        evaluate.StudentTask("distilled", "convnet3", 0, "student.checkpoint", 5.0),
+        (pixels(8), np.arange(8) % CLASSES),
+    )
     return json.loads(
         evaluate.run_student(task, {"distilled": arm}, store, test, INFO, settings, views(), 0.07, lambda report: None)
     )
