@@ -26,12 +26,16 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet"] = "digits"
-    """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files."""
+    source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet", "webdataset"] = (
+        "digits"
+    )
+    """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files; `webdataset`: tar files
+    train-*.tar and test-*.tar (or val-*.tar) of KEY.jpg with KEY.cls or KEY.json, class names in classes.txt."""
     path: str | None = None
-    """Directory of the data (torchvision root, image folder, or a directory of Parquet files). Not used by `digits`."""
+    """Directory of the data (torchvision root, image folder, Parquet or tar files), or s3:// URI, except for CIFAR. Not used
+    by `digits`."""
     dataset: str | None = None
-    """Row of the dataset table (mean, std, size, roll) for `folder` and `parquet` sources; None: ImageNet statistics."""
+    """Row of the dataset table (mean, std, size, roll) for `folder`, `parquet` and `webdataset`; None: ImageNet statistics."""
     image_size: Positive | None = None
     """Side of the square input in pixels; None: the dataset table's."""
     classes: tuple[str, ...] | None = None
@@ -56,7 +60,8 @@ class CommitteeConfig(Section):
     width: PositiveFloat = 1.0
     """Channel multiplier of every expert at 32/64 px; 1 is the paper's network, below 1 the slim ones for CPU runs."""
     weights: dict[str, str] = {}
-    """Given weights per expert: a `.safetensors`/`.pth` file or `torchvision:IMAGENET1K_V1`. Others are pretrained."""
+    """Given weights per expert: a `.safetensors`/`.pth` file (or its s3:// URI), or `torchvision:IMAGENET1K_V1`. Others are
+    pretrained."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -271,6 +276,11 @@ class EvaluateConfig(Section):
     """Number of the first student: others are other students (a sweep's final test takes fresh ones)."""
     test_every: Positive = 10
     """Epochs between test evaluations; the last epoch is always tested."""
+    workers: Positive = 1
+    """Processes that train one student together, with a GPU each where there are GPUs: the micro-batches of a batch are
+    dealt to them, so at most batch_size / bn_group. Same student up to the last bits of sums; needs Ray."""
+    checkpoint_minutes: NonNegative = 5.0
+    """Minutes between checkpoints of a student in training, written at the end of an epoch; 0: after every epoch."""
     baselines: tuple[Literal["random_hard", "random_soft", "start_soft", "eval_labels"], ...] = (
         "random_hard",
         "random_soft",
@@ -318,6 +328,9 @@ class RuntimeConfig(Section):
     """Torch threads of every actor and task."""
     groups_in_flight: Positive = 2
     """Job groups the coordinator drives at once, so that no expert waits for it."""
+    log_format: Literal["plain", "json"] = "plain"
+    """What the command writes to stderr: lines for people, or one JSON object per event (stages, progress, pieces of
+    work, checkpoints, failures) for programs."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -368,6 +381,11 @@ class RunConfig(Section):
         if self.evaluate.warmup_epochs >= self.student_epochs:
             raise ValueError(
                 f"evaluate.warmup_epochs {self.evaluate.warmup_epochs} must be fewer than the {self.student_epochs} epochs"
+            )
+        if self.evaluate.workers > 1 and self.runtime.engine == "local":
+            raise ValueError(
+                f"evaluate.workers {self.evaluate.workers} needs several processes, runtime.engine 'local' is one; use "
+                f"engine 'ray', or workers 1"
             )
         return self
 

@@ -116,6 +116,7 @@ _DRAWN = tuple(kind for kind in Domain.model_fields if kind != "grid")
 _NO_EFFECT = {
     "evaluate.seeds": "set sweep.seeds", "evaluate.test_every": "set sweep.report_every",
     "evaluate.baselines": "they belong to `cvdd run`", "evaluate.first_seed": "set sweep.seeds",
+    "evaluate.workers": "its students train in one process", "evaluate.checkpoint_minutes": "set sweep.checkpoint_every",
 }  # fmt: skip
 _ONLY_WITH = {"grace_epochs": "asha", "reduction_factor": "asha", "perturb_epochs": "pbt"}
 
@@ -156,7 +157,8 @@ class SweepConfig(RunConfig):
     def trial_config(self, values: Mapping[str, Any]) -> RunConfig:
         """Return the run with these dotted settings changed.
 
-        Raises ConfigError when they do not fit together, or leave more than one IPC or student to be measured.
+        Raises ConfigError when they do not fit together, or leave more than one IPC or student to be measured, or several
+        workers to train it.
         """
         plain = without_place(self).model_dump(exclude={"sweep"})
         plain["evaluate"]["baselines"] = ()
@@ -164,6 +166,7 @@ class SweepConfig(RunConfig):
         for name, many in (("ipc", config.ipc), ("evaluate.students", config.evaluate.students)):
             if len(many) != 1:
                 raise ConfigError(f"{name}: a trial measures one, got {list(many)}; set {name}=[{many[0]}]")
+        require_one_worker(config)
         return config
 
     def num_trials(self) -> int:
@@ -173,6 +176,15 @@ class SweepConfig(RunConfig):
         for size in grids:
             total *= size
         return total
+
+
+def require_one_worker(config: RunConfig) -> None:
+    """Raise ConfigError for students that several workers train together: a trial is one process."""
+    if config.evaluate.workers > 1:
+        raise ConfigError(
+            f"evaluate.workers: got {config.evaluate.workers}, but a trial trains its students in one process (trials run "
+            f"side by side); set evaluate.workers=1"
+        )
 
 
 def load_sweep(file: str, overrides=(), *, base: str | None = None) -> SweepConfig:

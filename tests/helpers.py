@@ -1,10 +1,18 @@
-"""Tiny networks, and the objective of spec 5.2 written down a second time in plain torch."""
+"""Tiny networks, the objective of spec 5.2 written down a second time in plain torch, and workers of one student."""
 
 import hashlib
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+
+from cvdd_ray.core.workers import Workers
 
 
 def tiny_net(seed=0, num_classes=4, width=4, norm=nn.BatchNorm2d, dropout=0.0):
@@ -85,3 +93,74 @@ def state_hash(net):
     for name, tensor in net.state_dict().items():
         hasher.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
     return hasher.hexdigest()
+
+
+def in_processes(num_workers, folder, function, *args):
+    """function(Workers(rank, W), *args) in W processes that torch.distributed joins over gloo, this one and others; the
+    results by rank. The function must be importable: one of a test module's own."""
+    given = (num_workers, str(folder), function, args)
+    others = torch.multiprocessing.spawn(_another_process, given, nprocs=num_workers - 1, join=False)
+    try:
+        _join_and_run(0, *given)
+        while not others.join():
+            pass
+    finally:
+        for process in others.processes:
+            process.kill()
+    return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(num_workers)]
+
+
+def _another_process(index, *given):
+    torch.set_num_threads(1)
+    _join_and_run(index + 1, *given)
+
+
+def _join_and_run(rank, num_workers, folder, function, args):
+    meeting, patience = f"file://{folder}/meeting", timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_workers, timeout=patience)
+    try:
+        Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(Workers(rank, num_workers), *args)))
+    finally:
+        dist.destroy_process_group()
+
+
+class Threads:
+    """W workers as threads of this process: `run(function)` gives function(workers) of each, sums are made in order of rank."""
+
+    def __init__(self, num_workers):
+        self.num_workers, self.messages = num_workers, 0
+        self._barrier, self._parts = threading.Barrier(num_workers), [None] * num_workers
+
+    def run(self, function):
+        members = [_Member(rank, self.num_workers, self) for rank in range(self.num_workers)]
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            calls = [pool.submit(self._call, function, member) for member in members]
+        errors = [call.exception() for call in calls if call.exception()]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error  # the cause, and not what the others met because of it
+        return [call.result() for call in calls]
+
+    def _call(self, function, member):
+        try:
+            return function(member)
+        except BaseException:
+            self._barrier.abort()  # or the others would wait for this one
+            raise
+
+    def add_up(self, rank, tensors):
+        self._parts[rank] = [tensor.detach().clone() for tensor in tensors]
+        self._barrier.wait(60)
+        for position, tensor in enumerate(tensors):
+            tensor.copy_(sum(part[position] for part in self._parts))
+        if self._barrier.wait(60) == 0:
+            self.messages += 1
+
+
+class _Member(Workers):
+    def __init__(self, rank, world_size, threads):
+        super().__init__(rank, world_size)
+        object.__setattr__(self, "threads", threads)
+
+    def all_reduce(self, tensors):
+        with torch.no_grad():
+            self.threads.add_up(self.rank, list(tensors))

@@ -50,11 +50,21 @@ def epoch_plans(
     return plans
 
 
-def batch_views(images_NCHW: Tensor, plan: BatchPlan) -> Tensor:
-    """Return the batch (B, C, S, S) that teachers label and students see: the same tensor in both stages."""
-    chosen = images_NCHW[plan.image_index_B.to(images_NCHW.device)]
-    views_BCSS = apply_views(chosen, plan.views, images_NCHW.shape[-1])
-    return cutmix(views_BCSS, plan.partner_B.to(images_NCHW.device), plan.box)
+def batch_views(images_NCHW: Tensor, plan: BatchPlan, rows_R: Tensor | None = None) -> Tensor:
+    """Return the batch (B, C, S, S) that teachers label and students see: the same tensor in both stages. With `rows_R`
+    only these rows of it (R, C, S, S), made of the views that they and their CutMix partners need."""
+    device = images_NCHW.device
+    if rows_R is None:
+        chosen = images_NCHW[plan.image_index_B.to(device)]
+        views_BCSS = apply_views(chosen, plan.views, images_NCHW.shape[-1])
+        return cutmix(views_BCSS, plan.partner_B.to(device), plan.box)
+    wanted = torch.cat([rows_R, plan.partner_B[rows_R]])
+    needed_N, place_2R = wanted.unique(return_inverse=True)
+    own_R, partner_R = place_2R.chunk(2)
+    cut = Views(plan.views.boxes_N4[needed_N], plan.views.flips_N[needed_N], plan.views.rolls_N2[needed_N])
+    views_NCSS = apply_views(images_NCHW[plan.image_index_B[needed_N].to(device)], cut, images_NCHW.shape[-1])
+    partner_N = torch.arange(len(needed_N)).index_put((own_R,), partner_R)
+    return cutmix(views_NCSS, partner_N.to(device), plan.box)[own_R.to(device)]
 
 
 def group_sizes(batch: int, bn_group: int) -> list[int]:

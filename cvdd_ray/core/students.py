@@ -1,9 +1,9 @@
 """Post-evaluation: a student trained from scratch on a labelled set, epoch by epoch (paper section 3.4, spec section 7).
 
-Legend: N images of the set, B images of a batch, C channels, K classes, S pixels.
+Legend: N images of the set, B images of a batch, M micro-batches of a batch, C channels, K classes, S pixels.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.schedules import student_lr
 from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
+from cvdd_ray.core.workers import ALONE, RunningStatistics, Workers
 
 
 def kd_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
@@ -74,12 +75,16 @@ class StudentTraining:
     """One student in training: the network, its optimiser, and the next epoch (0-based).
 
     Its state can be saved after any epoch and loaded into a fresh one, which then goes on bit for bit: views come from
-    the labels, and what a network draws by itself (dropout) from (seed, epoch).
+    the labels, and what a network draws by itself (dropout) from (seed, epoch, batch, micro-batch). With several
+    `workers` each holds the student and trains it on its share of every batch; after every epoch all have the same one,
+    which is one worker's up to rounding.
     """
 
-    def __init__(self, student: nn.Module, images_NCHW: Tensor, settings: StudentSettings, seed: int):
+    def __init__(
+        self, student: nn.Module, images_NCHW: Tensor, settings: StudentSettings, seed: int, workers: Workers = ALONE
+    ):
         self.student, self.next_epoch = student.to(memory_format=torch.channels_last), 0
-        self._images_NCHW, self._s, self._seed = images_NCHW, settings, seed
+        self._images_NCHW, self._s, self._seed, self._workers = images_NCHW, settings, seed, workers
         groups = adamw_groups(student, settings.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8)
 
@@ -98,16 +103,18 @@ class StudentTraining:
         decayed["lr"] = free["lr"] = self._s.lr_at(epoch)
         decayed["weight_decay"] = s.weight_decay
         self.student.train()
-        loss_sum, agreed, seen = 0.0, 0, 0
+        statistics = RunningStatistics(self.student, self._workers)
+        loss_sum, agreed, seen, before = 0.0, 0, 0, 0  # `before`: micro-batches of the epoch's earlier batches
         device = self._images_NCHW.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(key(self._seed, "student-epoch", epoch))
             for plan, targets in rows:
-                views_BCSS = batch_views(self._images_NCHW, plan).contiguous(memory_format=torch.channels_last)
-                sizes = group_sizes(len(views_BCSS), s.bn_group)
+                sizes = group_sizes(len(targets), s.bn_group)
+                targets_M, own = targets.split(sizes), self._workers.own(len(sizes))
                 self._optimizer.zero_grad(set_to_none=True)
-                for micro_views, micro_targets in zip(views_BCSS.split(sizes), targets.split(sizes), strict=True):
-                    logits = self.student(micro_views)
+                for k, micro_views in zip(own, self._views(plan, sizes, own), strict=True):
+                    statistics.before(before + k)
+                    torch.manual_seed(key(self._seed, "student-epoch", epoch, plan.batch, k))
+                    logits, micro_targets = self.student(micro_views), targets_M[k]
                     if s.temperature is None:
                         loss, wanted = F.cross_entropy(logits, micro_targets), micro_targets
                     else:
@@ -116,9 +123,32 @@ class StudentTraining:
                     loss_sum += float(loss.detach()) * len(logits)
                     agreed += int((logits.argmax(1) == wanted).sum())
                     seen += len(logits)
+                before += len(sizes)
+                self._add_up_gradients()
                 self._optimizer.step()
+        statistics.finish(before)
+        totals = torch.tensor([loss_sum, agreed, seen], dtype=torch.float64, device=device)
+        self._workers.all_reduce([totals])
+        loss_sum, agreed, seen = totals.tolist()
         self.next_epoch += 1
         return loss_sum / seen, 100.0 * agreed / seen
+
+    def _views(self, plan: BatchPlan, sizes: Sequence[int], own: Sequence[int]) -> Sequence[Tensor]:
+        """Return the views of this worker's micro-batches, of `sizes` images; no others are made."""
+        if not own:
+            return ()
+        rows_M = torch.arange(sum(sizes)).split(sizes)
+        rows_R = None if len(own) == len(sizes) else torch.cat([rows_M[k] for k in own])
+        views_RCSS = batch_views(self._images_NCHW, plan, rows_R).contiguous(memory_format=torch.channels_last)
+        return views_RCSS.split([sizes[k] for k in own])
+
+    def _add_up_gradients(self) -> None:
+        """Sum what the workers have accumulated; a worker without a micro-batch in a short batch adds nothing."""
+        if self._workers.world_size > 1:
+            for parameter in self.student.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._workers.all_reduce([parameter.grad for parameter in self.student.parameters()])
 
     def state(self) -> dict[str, Tensor]:
         """Return everything the next epoch depends on, as tensors by name (copies)."""
@@ -141,26 +171,35 @@ class StudentTraining:
         self.next_epoch = int(state["next_epoch"])
 
 
+Curve = list[tuple[int, float, float, float]]
+
+
 def train_student(
     student: nn.Module,
     images_NCHW: Tensor,
     epoch_batches: Callable[[int], Iterable[tuple[BatchPlan, Tensor]]],
     settings: StudentSettings,
     test: Callable[[nn.Module], float],
-    on_epoch: Callable[[int], None] = lambda epoch: None,
+    on_epoch: Callable[[StudentTraining, Curve], None] = lambda training, curve: None,
     *,
     seed: int = 0,
-) -> list[tuple[int, float, float, float]]:
+    workers: Workers = ALONE,
+    start: tuple[Mapping[str, Tensor], Curve] | None = None,
+) -> Curve:
     """Train `student` in place and return rows (epoch, mean loss, train agreement in percent, test accuracy in percent).
 
     `epoch_batches(epoch)` yields what StudentTraining.run_epoch takes. The test accuracy is taken every `test_every`
-    epochs and after the last (spec section 7, decision 8).
+    epochs and after the last (spec section 7, decision 8). `start`: a state and the rows so far, to go on from.
     """
-    training = StudentTraining(student, images_NCHW, settings, seed)
-    curve = []
-    for epoch in range(settings.epochs):
+    training, curve = StudentTraining(student, images_NCHW, settings, seed, workers), []
+    if start is not None:
+        training.load(start[0])
+        curve = list(start[1])
+    workers.require_equal(training.next_epoch, "next epoch", images_NCHW.device)
+    while training.next_epoch < settings.epochs:
+        epoch = training.next_epoch
         loss, agreement = training.run_epoch(epoch_batches(epoch))
         if settings.is_tested(epoch):
             curve.append((epoch, loss, agreement, test(student)))
-        on_epoch(epoch)
+        on_epoch(training, curve)
     return curve

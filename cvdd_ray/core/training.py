@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cvdd_ray.core.augment import Views, apply_views, draw_boxes
 from cvdd_ray.core.keys import generator
+from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.errors import NumericsError
 
 
@@ -92,8 +93,9 @@ def pretrain_expert(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the top-1 accuracy in percent over (images_BCSS, labels_B), in eval mode; the mode is restored."""
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], workers: Workers = ALONE) -> float:
+    """Return the top-1 accuracy in percent over (images_BCSS, labels_B), in eval mode; the mode is restored. Of several
+    workers each gives its own batches, and all get the accuracy over all of them."""
     was_training = model.training
     model.eval()
     correct = seen = 0
@@ -102,6 +104,9 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
         correct += int((model(images_BCSS).argmax(1) == labels_B).sum())
         seen += len(labels_B)
     model.train(was_training)
+    counts = torch.tensor([correct, seen], device=next(model.parameters()).device)
+    workers.all_reduce([counts])
+    correct, seen = counts.tolist()
     return 100.0 * correct / seen
 
 

@@ -10,9 +10,16 @@ from cvdd_ray.data.storage import Store
 from cvdd_ray.stages.runtime import Runtime
 
 
-def start_runtime(c: RuntimeConfig, store: Store, say: Callable[[str], None]) -> Runtime:
+def start_runtime(
+    c: RuntimeConfig,
+    store: Store,
+    say: Callable[[str], None],
+    on_event: Callable[[str, dict], None] = lambda event, facts: None,
+) -> Runtime:
     """Return a runtime on Ray: a private cluster on this machine, or the one at `runtime.address`, once the nodes it is
-    to wait for are there; `say` is told who is.
+    to wait for are there.
+
+    `say` is told who is there, `on_event` of starts, checkpoints, finished pieces and failures (RayRuntime).
 
     Raises ConfigError when Ray does not start or answer, nodes do not come, or not all of them see the store.
     """
@@ -21,7 +28,7 @@ def start_runtime(c: RuntimeConfig, store: Store, say: Callable[[str], None]) ->
     from cvdd_ray.runner.nodes import gather
     from cvdd_ray.runner.runtime import RayRuntime
 
-    runtime = RayRuntime(c)
+    runtime = RayRuntime(c, on_event)
     try:
         gather(c, store, say)
     except BaseException:

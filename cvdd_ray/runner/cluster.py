@@ -137,6 +137,33 @@ def task_share(c: RuntimeConfig) -> Share:
     return Share(min(float(c.threads_per_actor), max(places_with("CPU"), default=1.0)), num_gpus)
 
 
+def student_share(c: RuntimeConfig, num_workers: int) -> tuple[Share, int]:
+    """Return what each of the workers of one student asks for, and how many students can be trained at once.
+
+    With GPUs: one each, since NCCL takes one process per GPU. Without: their threads, or fewer cores where there are not
+    enough. A cluster that was joined may grow, so more may be asked of it than it has.
+    Raises ConfigError when a private cluster has fewer GPUs than workers.
+    """
+    gpus = [] if c.gpus_per_actor == 0 else places_with("GPU")
+    if gpus:
+        places = sum(int(amount) for amount in gpus)
+        if places < num_workers and c.address is None:
+            raise ConfigError(
+                f"evaluate.workers: {num_workers} workers take one GPU each, this machine has {places}; use at most {places}"
+            )
+        return Share(0.0, 1.0), max(1, places // num_workers)
+    cpus, most = places_with("CPU"), float(c.threads_per_actor)
+    parts = [most, *(math.floor(1000 * amount / n) / 1000 for amount in cpus for n in range(1, num_workers + 1))]
+    fitting = (part for part in parts if part <= most and _places(cpus, part) >= num_workers)
+    num_cpus = max(fitting, default=most)
+    return Share(num_cpus, 0.0), max(1, _places(cpus, num_cpus) // num_workers)
+
+
+def _places(cpus: list[float], num_cpus: float) -> int:
+    """Return how many workers with `num_cpus` cores each fit on nodes with so many cores."""
+    return sum(int(amount / num_cpus) for amount in cpus)
+
+
 def _fitting(amount: float, share: float) -> int:
     """Return how many shares fit on a node with `amount` whole GPUs; a fraction never spans two cards."""
     if share > 1:

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ConfigError
+from cvdd_ray.errors import ConfigError, CvddError
 from cvdd_ray.runner.cluster import places_with
 
 POLL_S = 1.0
@@ -110,8 +110,7 @@ def check_shared(store: Store) -> None:
     folder = f"probe-{secrets.token_hex(8)}"
     try:
         store.write(f"{folder}/driver", b"")
-        faults = _faults(store, folder, nodes)
-        if faults:
+        if faults := _faults(store, folder, nodes):
             address, fault = faults[0]
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             raise ConfigError(
@@ -121,9 +120,9 @@ def check_shared(store: Store) -> None:
     except OSError as error:
         raise ConfigError(f"--out {place}: cannot be written ({_first_line(error)})") from None
     finally:
-        store.delete_folder(folder)
-        if new:
-            with suppress(OSError):  # the run's own files may be there by now
+        with suppress(OSError, CvddError):  # what went wrong before says more
+            store.delete_folder(folder)
+            if new:
                 Path(store.root).rmdir()
 
 

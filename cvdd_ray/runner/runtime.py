@@ -1,41 +1,84 @@
 """The runtime on Ray: stages' pieces of work as tasks, synthesis as expert actors and coordinators."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.errors import CvddError
-from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
-from cvdd_ray.runner.cluster import Share, connect, expert_share, places_with, task_share, worker_bundles
+from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox, tell
+from cvdd_ray.runner.cluster import (
+    Share,
+    connect,
+    expert_share,
+    places_with,
+    student_share,
+    task_share,
+    worker_bundles,
+)
+from cvdd_ray.runner.metrics import record
 from cvdd_ray.stages.grouptask import VoterSettings
+from cvdd_ray.stages.runtime import read_and_work
 
 POLL_S = 0.25
+SILENT_S = 30.0  # when no worker has begun for so long, for twice as long ..., it is said
 # An actor is restarted when its process or node dies, its calls are repeated; one that keeps dying is given up.
 RESTARTED = {"max_restarts": 20, "max_task_retries": -1}
+# Which stage a function of the stages works for, and what its pieces are.
+WORK = {
+    "train_one": ("pretrain", "experts"),
+    "measure_expert": ("prior", "students"),
+    "read_and_work": ("initialize", "pieces"),
+    "cut_piece": ("initialize", "pieces"),
+    "tile_shard": ("initialize", "image files"),
+    "assemble_shard": ("synthesize", "image files"),
+    "label_epochs": ("relabel", "label blocks"),
+    "run_student": ("evaluate", "students"),
+}
+# An actor or task that says a second time that it has started, has failed before.
+AGAIN = {"actor_started": "actor_restarted", "task_started": "task_retried"}
+
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is being done: pieces of a stage, each counting for so many units (a job group for its jobs)."""
+
+    stage: str
+    unit: str
+    sizes: Mapping[str, int]
 
 
 def _call(function: Callable, item: Any, name: str, mailbox: Any, threads: int, *shared: Any) -> Any:
     """One piece of work in a task: set torch up, run, send reports to the driver's mailbox."""
     prepare_torch(threads)
+    tell(mailbox, "task_started", name, ray.get_runtime_context().get_task_id())
     return function(item, *shared, report=lambda report: mailbox.put.remote(name, report))
 
 
 class RayRuntime:
     """Runs a stage's work on Ray; results and their bits are those of LocalRuntime.
 
+    `on_event` is told of what happens on the way: actors, tasks and groups that start, checkpoints, finished pieces,
+    failures, each with facts that JSON can hold.
     Raises ConfigError when Ray cannot be started or joined; errors of the work itself are raised as they are.
     """
 
-    def __init__(self, c: RuntimeConfig):
+    def __init__(self, c: RuntimeConfig, on_event: OnEvent = lambda event, facts: None):
         self._owns_ray = connect(c)
-        self._c = c
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox).remote()
+        self._c, self._on_event = c, on_event
+        self._started: set[str] = set()  # Ray's ids of the actors and tasks that have said so
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=self._here)(Mailbox).remote()
         self._experts: dict[str, Any] = {}
         self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
         self._kept: dict[str, Any] = {}
@@ -48,7 +91,42 @@ class RayRuntime:
             remote.remote(function, item, name, self._mailbox, self._c.threads_per_actor, *shared_refs): name
             for name, item in items.items()
         }
-        yield from self._results(waiting, on_report)
+        yield from self._results(waiting, on_report, _work(function, items))
+
+    def train(
+        self, function, items, shared, num_workers, on_report=lambda name, report: None
+    ) -> Iterator[tuple[str, Any]]:
+        from cvdd_ray.runner.dataparallel import ENVIRONMENT, WorkerGroups
+
+        self.release()  # workers take whole GPUs
+        share, at_once = student_share(self._c, num_workers)
+        groups = _remote(
+            WorkerGroups, Share(0.0, 0.0), scheduling_strategy=self._here, runtime_env={"env_vars": ENVIRONMENT},
+            concurrency_groups={"train": at_once, "tell": 8},
+        ).remote(num_workers, share, self._c.threads_per_actor)  # fmt: skip
+        run = groups.run.options(concurrency_group="train")
+        shared_refs = [ray.put(value) for value in shared]
+        try:
+            waiting = {
+                run.remote(name, item, function, shared_refs, self._mailbox): name for name, item in items.items()
+            }
+            yield from self._results(waiting, on_report, _work(function, items))
+        finally:
+            ray.kill(groups)
+
+    def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
+        if worker_bundles() is not None:  # Ray Data would look for places outside of this trial's
+            yield from self.map(read_and_work, items, (read, worker, *shared), on_report)
+            return
+        from cvdd_ray.runner.streaming import stream
+
+        work = _work(read_and_work, items)
+        try:
+            for name, rows in stream(self._c, read, worker, items, shared):
+                self._done(name, work)
+                yield name, rows
+        except RayTaskError as error:
+            raise mendable(error) from None
 
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None) -> Iterator[tuple[str, bytes]]:
         used = {name for task in tasks.values() for job in task.jobs for name in job.voters}
@@ -60,7 +138,9 @@ class RayRuntime:
                 drivers[k % len(drivers)].run_group.remote(name, ray.put(task)): name
                 for k, (name, task) in enumerate(tasks.items())
             }
-            yield from self._results(waiting, on_report)
+            sizes = {name: len(task.jobs) for name, task in tasks.items()}
+            stage = next(iter(tasks.values())).checkpoint.split("/")[0]
+            yield from self._results(waiting, on_report, Work(stage, "jobs", sizes))
         finally:
             for driver in drivers:
                 ray.kill(driver)
@@ -84,7 +164,7 @@ class RayRuntime:
                     (spec, voter),
                     spec_ref,
                 )  # a restarted actor asks for its spec again
-                self._experts[name] = remote.remote(spec_ref, voter, c.threads_per_actor)
+                self._experts[name] = remote.remote(spec_ref, voter, c.threads_per_actor, self._mailbox)
         coordinator = _remote(Coordinator, Share(0.0, 0.0), max_concurrency=min(c.groups_in_flight, num_groups))
         experts = {name: self._experts[name] for name in specs}
         return [coordinator.remote(experts, store, self._mailbox, c.threads_per_actor)]
@@ -104,28 +184,67 @@ class RayRuntime:
         specs_ref = self._kept["committee"] = ray.put(specs)
         return [remote.remote(specs_ref, voter, store, self._mailbox, c.threads_per_actor) for _ in range(num_workers)]
 
-    def _results(self, waiting: Mapping[Any, str], on_report) -> Iterator[tuple[str, Any]]:
+    def _results(self, waiting: Mapping[Any, str], on_report, work: Work) -> Iterator[tuple[str, Any]]:
         """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""
         waiting = dict(waiting)
         known = set(waiting.values())  # a late report of an earlier call is nobody's
+        asked, silent_s = time.monotonic(), SILENT_S
         try:
             while waiting:
                 ready, _ = ray.wait(list(waiting), timeout=POLL_S)
-                for name, report in self._reports().items():
-                    if name in known:
-                        on_report(name, report)
+                if self._watch(waiting, known, on_report, work):
+                    silent_s = math.inf
+                elif (waited_s := time.monotonic() - asked) > silent_s:
+                    self._on_event("waiting", {"stage": work.stage, "waited_s": waited_s})
+                    silent_s *= 2
                 for result_ref in ready:
                     name = waiting.pop(result_ref)
-                    yield name, _get(result_ref)
+                    result = self._get(result_ref, name)
+                    self._done(name, work)
+                    yield name, result
         finally:
+            record("cvdd_work_left", 0, stage=work.stage, unit=work.unit)
             for result_ref in waiting:
                 ray.cancel(result_ref, force=False)
 
-    def _reports(self) -> dict[str, dict]:
+    def _watch(self, waiting: Mapping[Any, str], known: set[str], on_report, work: Work) -> bool:
+        """Pass on what workers have reported, count what had to be started again, and return whether there was anything."""
+        left = sum(work.sizes[name] for name in waiting.values())
+        record("cvdd_work_left", left, stage=work.stage, unit=work.unit)
         try:
-            return ray.get(self._mailbox.take.remote())
-        except RayActorError:  # progress is lost while the mailbox restarts, nothing else
-            return {}
+            reports, events = ray.get(self._mailbox.take.remote())
+        except RayActorError:  # what it held is lost while the mailbox restarts, nothing else
+            return False
+        for event in events:
+            kind = event.pop("event")
+            self._on_event(kind, event)
+            again = kind in AGAIN and event["work"] in self._started
+            self._started.add(event["work"])
+            if again:
+                self._failed(AGAIN[kind], event["what"], host=event["host"])
+        for name, report in reports.items():
+            if name in known:
+                on_report(name, report)
+        return bool(reports or events)
+
+    def _get(self, result_ref: Any, name: str) -> Any:
+        """Return a result; an error a user can mend is raised as itself, not wrapped in a remote traceback."""
+        try:
+            return ray.get(result_ref)
+        except RayError as error:
+            cause = mendable(error)
+            self._failed(type(cause.cause if isinstance(cause, RayTaskError) else cause).__name__, name)
+            if cause is error:
+                raise
+            raise cause from None
+
+    def _done(self, name: str, work: Work) -> None:
+        record("cvdd_work_done", work.sizes[name], stage=work.stage, unit=work.unit)
+        self._on_event("piece_done", {"what": name, "number": work.sizes[name], "unit": work.unit})
+
+    def _failed(self, kind: str, what: str, **facts: Any) -> None:
+        record("cvdd_failures", 1, kind=kind)
+        self._on_event("failure", {"kind": kind, "what": what, **facts})
 
     def close(self) -> None:
         self.release()
@@ -133,17 +252,13 @@ class RayRuntime:
             ray.shutdown()
 
 
+def _work(function: Callable, items: Mapping[str, Any]) -> Work:
+    return Work(*WORK.get(function.__name__, ("other", "pieces")), dict.fromkeys(items, 1))
+
+
 def _remote(plain: type, share: Share, **options: Any):
     """Return the actor class of a plain class, restarted for ever."""
     return ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, **RESTARTED, **options)(plain)
-
-
-def _get(result_ref: Any) -> Any:
-    """Return a result; an error a user can mend is raised as itself, not wrapped in a remote traceback."""
-    try:
-        return ray.get(result_ref)
-    except RayTaskError as error:
-        raise mendable(error) from None
 
 
 def mendable(error: Exception) -> Exception:
@@ -154,4 +269,4 @@ def mendable(error: Exception) -> Exception:
     if not isinstance(cause, CvddError):
         return error
     kind = next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)
-    return kind(str(cause.args[0]))
+    return kind(str(cause.args[0]).splitlines()[0])  # Ray Data adds lines of its own

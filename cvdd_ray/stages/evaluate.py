@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,15 @@ from torch import nn
 from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.models import build_seeded
-from cvdd_ray.core.softlabels import BatchPlan
-from cvdd_ray.core.students import StudentSettings, train_student
+from cvdd_ray.core.softlabels import BatchPlan, group_sizes
+from cvdd_ray.core.students import Curve, StudentSettings, StudentTraining, train_student
 from cvdd_ray.core.training import accuracy
+from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
-from cvdd_ray.data.shards import open_labels, shard_files
+from cvdd_ray.data.shards import label_files, open_labels
+from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
+from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import RANDOM, load_image_set
 from cvdd_ray.stages.real import Split, split_for_workers, test_batches
@@ -35,31 +38,34 @@ class Arm:
     images_NCHW: np.ndarray
     labels_N: np.ndarray
     content: str
-    label_files: tuple[str, ...]
+    label_files: dict[str, str]
 
 
 @dataclass(frozen=True)
 class StudentTask:
-    """One student: row of the table, network, seed number."""
+    """One student: row of the table, network, seed number; where its checkpoint goes, and minutes between two of them."""
 
     arm: str
     student: str
     seed: int
+    checkpoint: str
+    checkpoint_minutes: float
 
 
 def evaluate(run: Run, ipc: int) -> None:
     """Make `evaluate/ipc<n>`: results.json with every student's curve and, per row, mean and standard deviation of the
     last (primary) and the best test accuracy in percent.
 
-    Raises ArtifactError when images or labels are missing.
+    Raises ArtifactError when images or labels are missing, ConfigError as `check_workers`.
     """
     c = run.config.evaluate
+    check_workers(run, ipc)
     epochs = run.config.student_epochs
     arms, inputs = load_arms(run, ipc)
     views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, run.config.relabel)
     student = student_settings(run, epochs, ipc * len(run.classes))
     settings = {
-        "evaluate": {**c.model_dump(), "epochs": epochs, "width": run.width},
+        "evaluate": {**c.model_dump(exclude={"checkpoint_minutes"}), "epochs": epochs, "width": run.width},
         "batch_size": student.batch_size,
         "bn_group": student.bn_group,
         "data.flip": run.config.data.flip,
@@ -68,11 +74,14 @@ def evaluate(run: Run, ipc: int) -> None:
     with run.stage(plan, f"evaluate ipc {ipc}") as work:
         if work is None:
             return
-        items = {
-            f"{arm}-{student}-seed{seed}": StudentTask(arm, student, seed)
+        names = {
+            f"{arm}-{student}-seed{seed}": (arm, student, seed)
             for seed in range(c.first_seed, c.first_seed + c.seeds)
             for student in c.students
             for arm in arms
+        }
+        items = {
+            name: StudentTask(*which, work.checkpoint(name), c.checkpoint_minutes) for name, which in names.items()
         }
         shared = (
             arms,
@@ -83,7 +92,8 @@ def evaluate(run: Run, ipc: int) -> None:
             views,
             run.width,
         )
-        done = work.each(run_student, items, shared, doing=f"{len(items)} students, {epochs} epochs")
+        doing = f"{len(items)} students, {epochs} epochs"
+        done = work.each(run_student, items, shared, num_workers=c.workers, doing=doing)
         results = [json.loads(data) for data in done.values()]
         work.commit({RESULTS: json.dumps({"runs": results, "table": summarize(results)}).encode()})
 
@@ -107,6 +117,18 @@ def student_settings(run: Run, epochs: int, num_images: int) -> StudentSettings:
     )
 
 
+def check_workers(run: Run, ipc: int) -> None:
+    """Raise ConfigError when a student's batch has fewer micro-batches than `evaluate.workers`."""
+    num_workers = run.config.evaluate.workers
+    s = student_settings(run, run.config.student_epochs, ipc * len(run.classes))
+    most = len(group_sizes(s.batch_size, s.bn_group))
+    if num_workers > most:
+        raise ConfigError(
+            f"evaluate.workers: got {num_workers}, but at IPC {ipc} a batch of {s.batch_size} images in BatchNorm groups of "
+            f"{s.bn_group} has work for {most}; use at most {most}"
+        )
+
+
 def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
     """Return the rows of the table and the content hashes they depend on."""
     arms, inputs = {}, {}
@@ -116,22 +138,23 @@ def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
             LABEL_SETS[label_set].images if label_set else (f"initialize/ipc{ipc}", RANDOM, "initialize")
         )
         images = load_image_set(run, stage.format(ipc=ipc), file, verb)
-        label_files: tuple[str, ...] = ()
+        arm_labels: dict[str, str] = {}
         if label_set:
             label_stage = f"relabel/ipc{ipc}/{label_set}"
             labelled = run.require(label_stage, "relabel")
             inputs[label_stage] = labelled.content
-            label_files = tuple(run.artifacts.verify(labelled, name) for name in shard_files(labelled.files, LABELS))
+            arm_labels = label_files(run.artifacts, labelled, LABELS)
         inputs[f"images/{name}"] = images.content()
-        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), label_files)
+        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), arm_labels)
     return arms, inputs
 
 
 def run_student(
     task: StudentTask, arms: dict[str, Arm], store: Store, test: Split, info: DatasetInfo, s: StudentSettings,
-    views: ViewSettings, width: float, report: Callable[[dict], None],
+    views: ViewSettings, width: float, report: Callable[[dict], None], workers: Workers = ALONE,
 ) -> bytes:  # fmt: skip
-    """Train one student and return its row as JSON: accuracies in percent, curve, seconds."""
+    """Train one student, from its checkpoint if there is one, and return its row as JSON: accuracies in percent, curve,
+    seconds. Several workers train it together; the first one keeps the checkpoint."""
     arm = arms[task.arm]
     if arm.label_files:
         labels = open_labels(store, arm.label_files, arm.content)
@@ -146,8 +169,41 @@ def run_student(
             plans = views_without_cutmix(views).plans(epoch, len(hard_N))
             return [(plan, hard_N[plan.image_index_B]) for plan in plans]
 
-    row = fit_student(task.student, task.seed, arm.images_NCHW, epoch_rows, test, info, s, views.seed, width, report)
+    kept = KeptStudent(store, task.checkpoint, task.checkpoint_minutes)
+    curve = fit_student(
+        task.student, task.seed, arm.images_NCHW, epoch_rows, test, info, s, views.seed, width, report,
+        workers=workers, kept=kept,
+    )  # fmt: skip
+    row = {"last": curve[-1][3], "best": max(row[3] for row in curve), "curve": curve, "wall_s": kept.wall_s()}
     return json.dumps({"arm": task.arm, "student": task.student, "seed": task.seed, **row}).encode()
+
+
+class KeptStudent:
+    """The checkpoint of an unfinished student: its state, its curve and the seconds it has taken.
+
+    `start` is what there was (state, curve), None at first.  Raises ArtifactError when it is damaged.
+    """
+
+    def __init__(self, store: Store, name: str, minutes: float):
+        self._store, self._name, self._every_s = store, name, 60 * minutes
+        self.start: tuple[Mapping[str, torch.Tensor], Curve] | None = None
+        self._saved = self._started = time.monotonic()
+        if store.exists(name):
+            remedy = f"{store.display(name)}, a student's checkpoint, is damaged; remove it"
+            state, about = read_state(store.read(name), remedy)
+            self.start = state, [tuple(row) for row in about["curve"]]
+            self._started -= about["wall_s"]
+
+    def save(self, training: StudentTraining, curve: Curve) -> None:
+        """Write it if the last time is long enough ago."""
+        if time.monotonic() - self._saved >= self._every_s:
+            about = {"curve": curve, "wall_s": self.wall_s()}
+            self._store.write(self._name, write_state(training.state(), about))
+            self._saved = time.monotonic()
+
+    def wall_s(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return round(time.monotonic() - self._started, 2)
 
 
 def build_student(student: str, seed_number: int, info: DatasetInfo, seed: int, width: float) -> tuple[nn.Module, int]:
@@ -165,27 +221,27 @@ def on_device(rows: Iterable[tuple[BatchPlan, torch.Tensor]], device: torch.devi
 
 def fit_student(
     student: str, seed_number: int, images_NCHW: np.ndarray, epoch_rows: Callable, test: Split, info: DatasetInfo,
-    s: StudentSettings, seed: int, width: float, report: Callable[[dict], None],
-) -> dict:  # fmt: skip
-    """Train one student on (plan, targets) rows and return {"last", "best", "curve", "wall_s"}; accuracies in percent."""
-    started = time.monotonic()
+    s: StudentSettings, seed: int, width: float, report: Callable[[dict], None], *,
+    workers: Workers = ALONE, kept: KeptStudent | None = None,
+) -> Curve:  # fmt: skip
+    """Train one student on (plan, targets) rows, from where it was `kept`, and return its curve, see `train_student`."""
     device = work_device()
     model, model_seed = build_student(student, seed_number, info, seed, width)
     pixels = network_inputs(images_NCHW, info, device)
-    curve = train_student(
+
+    def on_epoch(training: StudentTraining, curve: Curve) -> None:
+        if kept and workers.rank == 0 and training.next_epoch < s.epochs:
+            kept.save(training, curve)
+        report({"done": training.next_epoch / s.epochs})
+
+    return train_student(
         model, pixels,
         lambda epoch: on_device(epoch_rows(epoch), device),
         s,
-        lambda network: accuracy(network, test_batches(test, info, device)),
-        lambda epoch: report({"done": (epoch + 1) / s.epochs}),
-        seed=model_seed,
+        lambda network: accuracy(network, test_batches(test, info, device, workers), workers),
+        on_epoch,
+        seed=model_seed, workers=workers, start=kept and kept.start,
     )  # fmt: skip
-    return {
-        "last": curve[-1][3],
-        "best": max(row[3] for row in curve),
-        "curve": curve,
-        "wall_s": round(time.monotonic() - started, 2),
-    }
 
 
 def views_without_cutmix(views: ViewSettings) -> ViewSettings:

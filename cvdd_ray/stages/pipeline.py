@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from cvdd_ray.recipes import dump_config, parse_config, without_place
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.evaluate import evaluate
+from cvdd_ray.stages.evaluate import check_workers, evaluate
 from cvdd_ray.stages.initialize import class_items, initialize, observer_name
 from cvdd_ray.stages.pretrain import check_networks, pretrain
 from cvdd_ray.stages.prior import check_given, prior
@@ -33,6 +33,7 @@ def check(run: Run) -> None:
         check_given(run)
     for ipc in c.ipc:
         vote_of_image(run, dict.fromkeys(c.committee.experts, 0.0), ipc, 0)
+        check_workers(run, ipc)
     check_networks(run)
     for ipc in {*c.ipc, *([c.prior.ipc] if measured else [])}:
         class_items(run, ipc)

@@ -3,6 +3,7 @@
 Legend: N images, B images of a batch, C channels, S pixels.
 """
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cvdd_ray.core.augment import Views, apply_views, draw_boxes
 from cvdd_ray.core.training import padded_crops, resized_crops, shuffled_batches
+from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.data.datasets import DatasetInfo, normalize
 from cvdd_ray.data.images import RealImages
 
@@ -26,10 +28,17 @@ def split_for_workers(real: RealImages, info: DatasetInfo) -> Split:
     return (real.stack(info.image_size) if info.image_size <= SMALL else real), np.asarray(real.labels)
 
 
-def test_batches(split: Split, info: DatasetInfo, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images_BCSS normalised, labels_B) of the whole split in order; no augmentation (spec section 1)."""
+def test_batches(
+    split: Split,
+    info: DatasetInfo,
+    device: torch.device,
+    workers: Workers = ALONE,  # noqa: PT028, it is no test
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images_BCSS normalised, labels_B) of the whole split in order; no augmentation (spec section 1). Of several
+    workers each gets its share of the batches."""
     images, labels_N = split
-    for start in range(0, len(labels_N), TEST_BATCH):
+    for batch in workers.own(math.ceil(len(labels_N) / TEST_BATCH)):
+        start = batch * TEST_BATCH
         chosen = np.arange(start, min(start + TEST_BATCH, len(labels_N)))
         pixels = images[chosen] if isinstance(images, np.ndarray) else images.subset(chosen).stack(info.image_size)
         yield normalize(torch.from_numpy(pixels).to(device), info), torch.from_numpy(labels_N[chosen]).to(device)

@@ -8,6 +8,7 @@ import numpy as np
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
+from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.grouptask import GroupTask, VoterSettings, run_group
 
 Report = Callable[[str, dict], None]
@@ -20,6 +21,17 @@ class Runtime(Protocol):
         self, function: Callable, items: Mapping[str, Any], shared: tuple, on_report: Report
     ) -> Iterator[tuple[str, Any]]:
         """Yield (name, function(item, *shared, report=...)) for every item; `shared` travels once per machine."""
+        ...
+
+    def train(
+        self, function: Callable, items: Mapping[str, Any], shared: tuple, num_workers: int, on_report: Report
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (name, function(item, *shared, workers=Workers(...), report=...)) for every item, which `num_workers`
+        processes run together, in one process group of torch.distributed; the result is rank 0's. When one is lost, all
+        start the item again: the function goes on from its own checkpoint.
+
+        Raises ConfigError where there is no room for so many.
+        """
         ...
 
     def stream(
@@ -48,6 +60,12 @@ class LocalRuntime:
     def map(self, function, items, shared=(), on_report=lambda name, report: None):
         for name, item in items.items():
             yield name, function(item, *shared, report=lambda report, name=name: on_report(name, report))
+
+    def train(self, function, items, shared, num_workers, on_report=lambda name, report: None):
+        raise ConfigError(
+            f"{num_workers} workers for one student need Ray, this process is one; set runtime.engine=ray or "
+            f"evaluate.workers=1"
+        )
 
     def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None):
         yield from self.map(read_and_work, items, (read, worker, *shared), on_report)

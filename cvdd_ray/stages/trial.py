@@ -26,7 +26,7 @@ from cvdd_ray.stages.pretrain import pretrain
 from cvdd_ray.stages.prior import measure_priors
 from cvdd_ray.stages.real import split_for_workers, test_batches
 from cvdd_ray.stages.votes import needs_priors, read_priors
-from cvdd_ray.sweepconfig import CHECKPOINT_EVERY
+from cvdd_ray.sweepconfig import CHECKPOINT_EVERY, require_one_worker
 
 SHARED_STAGES = ("pretrain", "prior", "initialize", "synthesize", "relabel")
 # What a section changes first. Priors are measured with the settings of the unchanged run, unless the experts or the
@@ -117,10 +117,11 @@ class TrialStudents:
     """The students of one trial (`evaluate.first_seed` and on), one epoch after the other; can be saved and taken up again.
 
     Taken up with another learning rate, weight decay, eta or temperature than it was saved with (population-based
-    training), it goes on with the new ones and remembers from which epoch.
+    training), it goes on with the new ones and remembers from which epoch.  Raises ConfigError for several workers.
     """
 
     def __init__(self, run: Run, num_seeds: int):
+        require_one_worker(run.config)
         c, self._info, ipc = run.config, run.info, run.config.ipc[0]
         arm = load_arms(run, ipc)[0][OURS]
         self._labels = open_labels(run.store, arm.label_files, arm.content)

@@ -187,11 +187,11 @@ def test_tests_come_at_their_cadence_and_after_the_last_epoch():
         soft_epochs(16),
         settings(epochs=6, test_every=4),
         test,
-        epochs.append,
+        lambda training, curve: epochs.append((training.next_epoch, len(curve))),
     )
     assert [row[0] for row in curve] == [0, 4, 5]
     assert [row[3] for row in curve] == [10.0, 20.0, 30.0]
-    assert epochs == [0, 1, 2, 3, 4, 5]
+    assert epochs == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 3)]
 
 
 def test_student_is_back_in_train_mode_after_a_test():

@@ -228,7 +228,7 @@ def test_what_is_not_a_label_file_is_refused():
 def test_a_student_refuses_labels_of_other_images(tmp_path):
     store = Store(str(tmp_path))
     store.write("relabel/ipc1/distilled/labels.arrow", as_file([label_batch(made_up(0))], images="a" * 64))
-    arm = evaluate.Arm(pixels(20), np.arange(20) % CLASSES, "b" * 64, ("relabel/ipc1/distilled/labels.arrow",))
+    arm = evaluate.Arm(pixels(20), np.arange(20) % CLASSES, "b" * 64, {"relabel/ipc1/distilled/labels.arrow": ""})
     with pytest.raises(ArtifactError, match=r"labels image set a{12}"):
         run_student(arm, store)
 
@@ -240,7 +240,10 @@ def run_student(arm, store):
     settings = StudentSettings(
         epochs=1, batch_size=16, bn_group=8, lr=0.1, weight_decay=0.0, eta=1.0, temperature=20.0, test_every=1
     )
-    task, test = evaluate.StudentTask("distilled", "convnet3", 0), (pixels(8), np.arange(8) % CLASSES)
+    task, test = (
+        evaluate.StudentTask("distilled", "convnet3", 0, "student.checkpoint", 5.0),
+        (pixels(8), np.arange(8) % CLASSES),
+    )
     return json.loads(
         evaluate.run_student(task, {"distilled": arm}, store, test, INFO, settings, views(), 0.07, lambda report: None)
     )

@@ -121,7 +121,7 @@ def test_interrupted_synthesis_goes_on_from_checkpoint_to_the_same_bits(finished
         STAGES["synthesize"](run)
     monkeypatch.setattr(grouptask, "encode_state", original)
     left = [name.rsplit("/", 1)[1] for name in run.store.names("synthesize")]
-    assert left == ["set-group00000", "set-group00001.checkpoint"]
+    assert left == [f"distilled-group0000{end}" for end in ("0", "0.arrow", "1.checkpoint")]
     began = []
     monkeypatch.setattr(
         grouptask, "distill_group",
