@@ -11,7 +11,15 @@ from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.errors import CvddError
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox
-from cvdd_ray.runner.cluster import Share, connect, expert_share, places_with, task_share, worker_bundles
+from cvdd_ray.runner.cluster import (
+    Share,
+    connect,
+    expert_share,
+    outgrown,
+    places_with,
+    task_share,
+    worker_bundles,
+)
 from cvdd_ray.stages.grouptask import VoterSettings
 
 POLL_S = 0.25
@@ -34,11 +42,14 @@ class RayRuntime:
     def __init__(self, c: RuntimeConfig):
         self._owns_ray = connect(c)
         self._c = c
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # the driver's own node: not lost before the driver is; Ray takes `soft` for any node, and so far away reports
+        # would be waited for until Ray notices that their node has gone
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox).remote()
         self._experts: dict[str, Any] = {}
         self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
         self._kept: dict[str, Any] = {}
+        self._asked = Share(0.0, 0.0), 0  # of Ray for the latest distillation: each actor's share, and how many
 
     def map(self, function, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         share = task_share(self._c)
@@ -53,6 +64,14 @@ class RayRuntime:
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None) -> Iterator[tuple[str, bytes]]:
         used = {name for task in tasks.values() for job in task.jobs for name in job.voters}
         specs = {name: spec for name, spec in experts.items() if name in used}
+        left = dict(tasks)
+        while left:  # once, unless nodes leave: then the groups go on from their checkpoints on those that are left
+            for name, result in self._distill_here(dict(left), specs, voter, store, on_report):
+                del left[name]
+                yield name, result
+
+    def _distill_here(self, tasks, specs, voter, store, on_report) -> Iterator[tuple[str, bytes]]:
+        """Yield results as groups finish, until all have or the actors no longer fit on the nodes that are there."""
         start = self._colocated if self._c.placement == "colocate" else self._spread
         drivers = start(specs, voter, store, len(tasks))
         try:
@@ -60,7 +79,7 @@ class RayRuntime:
                 drivers[k % len(drivers)].run_group.remote(name, ray.put(task)): name
                 for k, (name, task) in enumerate(tasks.items())
             }
-            yield from self._results(waiting, on_report)
+            yield from self._results(waiting, on_report, until=outgrown(self._c, *self._asked))
         finally:
             for driver in drivers:
                 ray.kill(driver)
@@ -75,7 +94,8 @@ class RayRuntime:
             strategy = (
                 {} if worker_bundles() else {"scheduling_strategy": "SPREAD"}
             )  # a trial's actors stay in its places
-            remote = _remote(ExpertActor, expert_share(c, len(specs)), **strategy)
+            self._asked = expert_share(c, len(specs)), len(specs)
+            remote = _remote(ExpertActor, self._asked[0], **strategy)
             for name, spec in missing.items():
                 if name in self._experts:
                     ray.kill(self._experts.pop(name))
@@ -100,16 +120,20 @@ class RayRuntime:
         c = self._c
         places = int(sum(places_with("GPU")) or sum(places_with("CPU")) / c.threads_per_actor)
         num_workers = max(1, min(places, num_groups))
-        remote = _remote(ColocatedWorker, expert_share(c, num_workers))
+        self._asked = expert_share(c, num_workers), num_workers
+        remote = _remote(ColocatedWorker, self._asked[0])
         specs_ref = self._kept["committee"] = ray.put(specs)
         return [remote.remote(specs_ref, voter, store, self._mailbox, c.threads_per_actor) for _ in range(num_workers)]
 
-    def _results(self, waiting: Mapping[Any, str], on_report) -> Iterator[tuple[str, Any]]:
-        """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""
+    def _results(
+        self, waiting: Mapping[Any, str], on_report, until: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (name, result) as work finishes and pass reports on; if one piece fails, or when `until` says so, the
+        rest is cancelled."""
         waiting = dict(waiting)
         known = set(waiting.values())  # a late report of an earlier call is nobody's
         try:
-            while waiting:
+            while waiting and not until():
                 ready, _ = ray.wait(list(waiting), timeout=POLL_S)
                 for name, report in self._reports().items():
                     if name in known:
