@@ -212,7 +212,7 @@ class TestShares:
         self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0})
         lack_places = outgrown(c, expert_share(c, 3), 3, clock=lambda: now)
         answers = []
-        for now, nodes in ((0, 3), (5, 2), (14, 2), (15, 3), (20, 2), (29, 2), (30, 2)):
+        for now, nodes in ((0, 3), (5, 2), (14, 2), (15, 3), (20, 2), (29, 2), (30, 2)):  # noqa: B007 - the clock
             self.have(monkeypatch, *({"CPU": 1.0} for _ in range(nodes)))
             answers.append(lack_places())
         assert answers == [False] * 6 + [True]
@@ -223,7 +223,8 @@ class TestShares:
         set_by_user = make_config(runtime={"gpus_per_actor": 1}).runtime
         self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0, "GPU": 2.0})
         asked = [outgrown(this, expert_share(this, 2), 2, clock=lambda: now) for this in (c, set_by_user)]
-        for now, gpus, answers in ((1, 1.0, [False, False]), (20, 1.0, [True, False]), (30, 0.0, [False, False])):
+        times = ((1, 1.0, [False, False]), (20, 1.0, [True, False]), (30, 0.0, [False, False]))
+        for now, gpus, answers in times:  # noqa: B007 - the clock
             self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0, "GPU": gpus})
             assert [lack_places() for lack_places in asked] == answers
 
