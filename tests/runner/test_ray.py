@@ -64,6 +64,8 @@ def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ra
             for victim in victims:
                 ray.kill(victim, no_restart=False)
 
+    events = []
+    monkeypatch.setattr(ray_runtime, "_on_event", lambda event, facts: events.append((event, facts)))
     spread, coordinators = ray_runtime._spread, []
     monkeypatch.setattr(ray_runtime, "_spread", lambda *a: coordinators.extend(spread(*a)) or coordinators)
     run = Run(make_config(synthesize={"iterations": 40}), str(tmp_path / "disturbed"), runtime=ray_runtime)
@@ -85,6 +87,9 @@ def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ra
     initialize(calm, 2)
     synthesize(calm, 2)
     assert len(killed) == 3
+    assert sorted(facts["what"] for event, facts in events if event == "failure") == [
+        "coordinator", "expert resnet18", "expert shufflenet_v2",
+    ]  # fmt: skip
     assert run.artifacts.manifest("synthesize/ipc2").content == calm.artifacts.manifest("synthesize/ipc2").content
 
 
