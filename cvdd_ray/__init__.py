@@ -60,7 +60,7 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
     if config.runtime.engine == "ray":
         from cvdd_ray.runner import start_runtime
 
-        this.runtime = start_runtime(config.runtime)
+        this.runtime = start_runtime(config.runtime, this.store, this.progress.say)
     try:
         run_all(this)
     finally:

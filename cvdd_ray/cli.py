@@ -220,7 +220,7 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
         if config.runtime.engine == "ray":
             from cvdd_ray.runner import start_runtime
 
-            run.runtime = start_runtime(config.runtime, progress.event)
+            run.runtime = start_runtime(config.runtime, run.store, progress.say, progress.event)
         if verb == "run":
             run_all(run)
         else:

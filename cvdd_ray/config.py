@@ -310,6 +310,12 @@ class RuntimeConfig(Section):
     """`ray`: experts are actors; `local`: everything in this process (the reference)."""
     address: str | None = None
     """Existing Ray cluster to join, e.g. `auto`; None: a private one on this machine."""
+    wait_for_nodes: Positive | None = None
+    """Nodes that a joined cluster must have before work starts; None: those that are there."""
+    wait_for_gpus: Positive | None = None
+    """GPUs that must be free before work starts; an autoscaling cluster is asked for them. None: one if nothing could work."""
+    wait_s: PositiveFloat = 900.0
+    """How long to wait for nodes and GPUs, in seconds."""
     placement: Literal["spread", "colocate"] = "spread"
     """`spread`: one expert per actor, coordinators send views; `colocate`: each worker holds the whole committee."""
     num_cpus: Positive | None = None
@@ -330,6 +336,8 @@ class RuntimeConfig(Section):
     def _check(self):
         if self.engine == "local" and self.address:
             raise ValueError("address has no effect with engine 'local'; drop one of the two")
+        if self.address is None and (self.wait_for_nodes or self.wait_for_gpus):
+            raise ValueError("wait_for_nodes and wait_for_gpus have no effect without an address (e.g. auto)")
         return self
 
 

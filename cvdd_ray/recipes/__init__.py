@@ -61,7 +61,7 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
 def without_place(config: Config) -> Config:
     """Return the configuration without the cluster's address, the directory and all logins in URIs: what it is, not
     where."""
-    runtime = config.runtime.model_copy(update={"address": None})
+    runtime = config.runtime.model_copy(update={"address": None, "wait_for_nodes": None, "wait_for_gpus": None})
     data = config.data.model_copy(update={"path": config.data.path and without_login(config.data.path)})
     weights = {name: without_login(source) for name, source in config.committee.weights.items()}
     committee = config.committee.model_copy(update={"weights": weights})

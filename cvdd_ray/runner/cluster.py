@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.errors import ConfigError
@@ -54,13 +55,14 @@ def connect(c: RuntimeConfig) -> bool:
             **common,
         )
         return True
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         if private:
             raise ConfigError(f"runtime: Ray did not start ({first}); or set runtime.engine=local") from None
         raise ConfigError(
-            f"runtime.address: no Ray cluster at {c.address!r} ({first}); start one with `ray start --head`, or leave "
-            f"--address out to use this machine"
+            f"runtime.address: no Ray cluster at {c.address!r} ({first}); start one with `ray start --head`, give its "
+            f"token if it has one (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token), or leave --address out to "
+            f"use this machine"
         ) from None
 
 

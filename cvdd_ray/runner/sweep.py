@@ -18,6 +18,7 @@ from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
 from cvdd_ray.recipes import dump_config, with_settings, without_login, without_place
 from cvdd_ray.runner.cluster import connect, disconnect, places_with
 from cvdd_ray.runner.leases import lease_desk, leased
+from cvdd_ray.runner.nodes import gather
 from cvdd_ray.runner.runtime import RayRuntime, mendable
 from cvdd_ray.runner.search import LOGGERS, SCHEDULERS, SEARCHERS, param_space, perturb_epochs, quiet_tune
 from cvdd_ray.runner.sweepdisplay import DisplayCallback, SweepDisplay
@@ -96,6 +97,7 @@ def sweep(
     try:
         if not verbose:
             quiet_tune()
+        gather(config.runtime, store, progress.say)
         runtime = RayRuntime(config.runtime, on_event) if config.runtime.engine == "ray" else LocalRuntime()
         artifacts = Artifacts(store, variants=True, sources=sources, exclusive=partial(leased, lease_desk(store)))
         run_of = partial(run_beside, base, first.real, artifacts=artifacts, runtime=runtime, progress=progress)

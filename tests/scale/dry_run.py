@@ -149,7 +149,8 @@ def dry_run(root: Path, *, listed: int = 0, **numbers) -> dict:
     images.VERIFY_LIMIT = 0  # as for a set of 1.28 million
     timings, memory, began = Timings(), PeakMemory(), time.monotonic()
     memory.start()
-    run = Run(config, str(root / "run"), runtime=start_runtime(config.runtime), progress=timings)
+    run = Run(config, str(root / "run"), progress=timings)
+    run.runtime = start_runtime(config.runtime, run.store, timings.say)
     try:
         run_all(run)
     finally:
