@@ -319,6 +319,11 @@ class RuntimeConfig(Section):
             raise ValueError("address has no effect with engine 'local'; drop one of the two")
         return self
 
+    @property
+    def gpus_per_task(self) -> float:
+        """GPU share of a task (an expert's training, label epochs, a student) where there are GPUs."""
+        return 0.25 if self.gpus_per_actor is None else min(1.0, self.gpus_per_actor)
+
 
 class StorageConfig(Section):
     out: str | None = None
