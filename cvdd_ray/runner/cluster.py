@@ -161,9 +161,7 @@ def outgrown(
 def task_share(c: RuntimeConfig) -> Share:
     """Return what one task asks for: its threads (at most the largest place's cores), and a quarter of a GPU or the
     configured part if there are any."""
-    num_gpus = 0.0
-    if places_with("GPU"):
-        num_gpus = 0.25 if c.gpus_per_actor is None else min(1.0, c.gpus_per_actor)
+    num_gpus = c.gpus_per_task if places_with("GPU") else 0.0
     return Share(min(float(c.threads_per_actor), max(places_with("CPU"), default=1.0)), num_gpus)
 
 
