@@ -1,7 +1,7 @@
 """The driver of a run or a sweep on a Ray cluster. Submitted again, it continues.
 
-    ray submit cluster/cluster.yaml cluster/run.py -- --recipe imagenet1k-ipc10 --out s3://bucket/run1
-    ray job submit --working-dir . -- python cluster/run.py --recipe imagenet1k-ipc10 --out s3://bucket/run1
+    ray submit cluster/cluster.yaml cluster/run.py -- --recipe imagenet1k-ipc10 --out s3://bucket/run1 --gpus 8
+    ray job submit --working-dir . -- python cluster/run.py --recipe imagenet1k-ipc10 --out s3://bucket/run1 --gpus 8
 
 --out must be a place that every node sees, an s3:// URI or a shared directory; this is checked before work starts.
 Exit code: 0, 2 for mistakes that can be mended (one line says which), 130 when interrupted.

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def commands(program: str) -> list[list[str]]:
     """Every command of the README's console blocks that starts with `program`, as words."""
-    lines = [line for block in blocks("console") for line in block.splitlines()]
+    lines = [line for block in blocks("console") for line in block.replace("\\\n", "").splitlines()]
     words = [shlex.split(line, comments=True) for line in lines]
     return [word for word in words if word and Path(word[0]).name == program]
 

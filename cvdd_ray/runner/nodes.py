@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -139,7 +139,9 @@ def _faults(store: Store, folder: str, nodes: list[dict[str, Any]]) -> list[tupl
         try:
             if not ray.get(ref, timeout=0):
                 faults[node["NodeID"]] = "does not see what this one writes there"
-        except RayError as error:  # a GetTimeoutError is one, too
+        except GetTimeoutError:
+            faults[node["NodeID"]] = f"has not got through to it in {PROBE_S:g} s"
+        except RayError as error:
             faults[node["NodeID"]] = f"cannot use it ({_first_line(error)})"
     answers = set(store.names(folder))
     for node in nodes:

@@ -16,14 +16,22 @@ from ray.scripts.scripts import cli as ray_cli
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmetric_run
 
 from cvdd_ray.errors import ConfigError
-from cvdd_ray.recipes import load_config, recipe_names
+from cvdd_ray.recipes import load_config
 from cvdd_ray.sweepconfig import load_sweep
 
 CLUSTER = REPOSITORY / "cluster"
-TEXTS = {path.name: path.read_text() for path in sorted(CLUSTER.iterdir()) if path.is_file()}
-README = (REPOSITORY / "README.md").read_text()
+
+
+def unfolded(text: str) -> str:
+    """A text whose commands of several lines are one line each."""
+    return re.sub(r"\s*\\\n#?\s+", " ", text)
+
+
+TEXTS = {path.name: unfolded(path.read_text()) for path in sorted(CLUSTER.iterdir()) if path.is_file()}
+README = unfolded((REPOSITORY / "README.md").read_text())
+ENTRYPOINT = yaml.safe_load(TEXTS["rayjob.yaml"])["spec"]["entrypoint"]
+TEXTS["rayjob.yaml"] += f"\n{ENTRYPOINT}\n"
 CONSOLE = "\n".join(re.findall(r"^```console\n(.*?)^```$", README, re.S | re.M))
-TO_COME = {"imagenet1k-ipc10"}  # may be named before it is packaged
 SBATCH = CLUSTER / "slurm.sbatch"
 
 
@@ -31,7 +39,7 @@ def shell_snippets() -> dict[str, str]:
     """Every piece of shell: start and set-up commands of Ray's files, RUN lines of the image, the batch script."""
     found = {"slurm.sbatch": SBATCH.read_text()}
     for name, text in TEXTS.items():
-        content = yaml.safe_load(text) if name.endswith(".yaml") else {}
+        content = yaml.safe_load(text) if "_commands:" in text else {}
         for key, value in content.items():
             if key.endswith("_commands"):
                 found |= {f"{name} {key} {k}": command for k, command in enumerate(value)}
@@ -151,7 +159,7 @@ def driver_fault(line: str) -> str | None:
     try:
         if given.sweep:
             load_sweep(str(REPOSITORY / given.sweep.removeprefix("cvdd/")), given.set, base=given.recipe)
-        elif given.recipe not in TO_COME - set(recipe_names()):
+        else:
             load_config(given.recipe, given.set)
     except ConfigError as error:
         return str(error)
@@ -181,9 +189,8 @@ def test_wrong_driver_words_are_caught(wrong):
 
 
 def test_the_jobs_entrypoint_is_the_driver_of_the_image():
-    entrypoint = yaml.safe_load(TEXTS["rayjob.yaml"])["spec"]["entrypoint"]
     home = re.search(r"^WORKDIR (.*)$", TEXTS["Dockerfile"], re.M)[1]
-    assert entrypoint.startswith(f"python {home}/cluster/run.py --recipe ")
+    assert ENTRYPOINT.startswith(f"python {home}/cluster/run.py --recipe ")
 
 
 def test_the_image_copies_what_is_there():
@@ -195,7 +202,7 @@ def test_the_image_copies_what_is_there():
 
 def test_the_readme_says_when_to_take_which_file_and_misses_none():
     table = README.split("| you have | file in `cluster/` |")[1].split("\n\n")[0]
-    assert set(re.findall(r"`([A-Za-z]+(?:\.(?:yaml|py|sbatch))?)`", table)) >= set(TEXTS)
+    assert set(re.findall(r"`([A-Za-z]+(?:\.(?:ya?ml|py|sbatch|json))?)`", table)) >= set(TEXTS)
 
 
 # ---- SLURM: the batch script with stand-ins for SLURM's own commands

@@ -100,11 +100,12 @@ def test_it_explains_itself_when_copied_to_another_place_alone(tmp_path):
 
 
 def test_a_run_on_two_nodes_and_the_same_command_again(make_config, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(dump_config(make_config(evaluate={"seeds": 1, "baselines": []})))
+    given = {"method": "given", "values": {"resnet18": 40, "shufflenet_v2": 41}}
+    config = make_config(prior=given, evaluate={"seeds": 1, "baselines": []}, synthesize={"iterations": 2})
+    (tmp_path / "tiny.yaml").write_text(dump_config(config))
     out = tmp_path / "run"
     words = ["--recipe", str(tmp_path / "tiny.yaml"), "--out", str(out), "--wait-for-nodes", "2"]
     with RayCluster() as cluster:
-        late = cluster.driver(*words, "--wait-s", "1")
         stranger = cluster.driver(*words, RAY_AUTH_TOKEN="", HOME=str(tmp_path))
         assert not out.exists()
         cluster.add()
@@ -112,9 +113,6 @@ def test_a_run_on_two_nodes_and_the_same_command_again(make_config, tmp_path):
         manifest = out / "evaluate" / "ipc2" / "manifest.json"
         made = manifest.stat().st_mtime_ns
         again = cluster.driver(*words)
-        other = cluster.driver(*words, "--set", "evaluate.lr=0.5")
-    assert late.returncode == 2
-    assert late.stderr.splitlines()[-1].startswith("error: runtime.wait_for_nodes: 1 of 2 nodes are there after 1 s")
     assert stranger.returncode == 2
     assert "give its token if it has one (RAY_AUTH_MODE=token" in stranger.stderr.splitlines()[-1]
     assert first.returncode == 0, first.stderr
@@ -124,6 +122,4 @@ def test_a_run_on_two_nodes_and_the_same_command_again(make_config, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "already there" in again.stderr
     assert manifest.stat().st_mtime_ns == made
-    assert other.returncode == 2
-    assert "evaluate.lr = 0.001, now asked for 0.5" in other.stderr.splitlines()[-1]
     assert not list(out.glob("probe-*"))
