@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
@@ -100,23 +101,36 @@ class RayRuntime:
     def train(
         self, function, items, shared, num_workers, on_report=lambda name, report: None
     ) -> Iterator[tuple[str, Any]]:
-        from cvdd_ray.runner.dataparallel import ENVIRONMENT, WorkerGroups
+        from cvdd_ray.runner import dataparallel
 
         self.release()  # workers take whole GPUs
         share, at_once = student_share(self._c, num_workers)
-        groups = _remote(
-            WorkerGroups, Share(0.0, 0.0), scheduling_strategy=self._here, runtime_env={"env_vars": ENVIRONMENT},
+        remote = ray.remote(
+            num_cpus=0, scheduling_strategy=self._here, runtime_env={"env_vars": dataparallel.ENVIRONMENT},
             concurrency_groups={"train": at_once, "tell": 8},
-        ).remote(num_workers, share, self._c.threads_per_actor)  # fmt: skip
-        run = groups.run.options(concurrency_group="train")
-        shared_refs = [ray.put(value) for value in shared]
-        try:
-            waiting = {
-                run.remote(name, item, function, shared_refs, self._mailbox): name for name, item in items.items()
-            }
-            yield from self._results(waiting, on_report, _work(function, items))
-        finally:
-            ray.kill(groups)
+        )(dataparallel.WorkerGroups)  # fmt: skip
+        todo, places, shared_refs = dict(items), {}, [ray.put(value) for value in shared]
+
+        def heard(name: str, report: dict) -> None:
+            places[name] = report.get("place") or places.get(name)
+            on_report(name, report)
+
+        for losses in range(dataparallel.MAX_FAILURES + 1):
+            groups = remote.remote(num_workers, share, self._c.threads_per_actor)
+            run = groups.run.options(concurrency_group="train")
+            refs = {run.remote(name, item, function, shared_refs, self._mailbox): name for name, item in todo.items()}
+            try:
+                for name, result in self._results(refs, heard, _work(function, todo)):
+                    del todo[name]
+                    yield name, result
+                return
+            except RayActorError:  # of this actor or one of Ray Train's, which start workers again by themselves
+                if losses == dataparallel.MAX_FAILURES:
+                    raise
+            finally:  # ends the workers; but Ray keeps the places of an actor that was ended
+                ray.kill(groups)
+                for place in filter(None, places.values()):
+                    remove_placement_group(place)
 
     def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         if worker_bundles() is not None:  # Ray Data would look for places outside of this trial's
