@@ -14,6 +14,7 @@ from cvdd_ray.stages.evaluate import evaluate
 from cvdd_ray.stages.export import export
 from cvdd_ray.stages.initialize import initialize
 from cvdd_ray.stages.pipeline import check, run_all
+from cvdd_ray.stages.plan import Plan, plan
 from cvdd_ray.stages.pretrain import pretrain
 from cvdd_ray.stages.prior import prior
 from cvdd_ray.stages.relabel import relabel
@@ -28,6 +29,7 @@ __all__ = [
     "DataError",
     "DistilledDataset",
     "NumericsError",
+    "Plan",
     "Run",
     "RunConfig",
     "SweepConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "load_config",
     "load_distilled",
     "load_sweep",
+    "plan",
     "pretrain",
     "prior",
     "relabel",

@@ -100,6 +100,41 @@ for _verb, _summary in {
     _stage_command(_verb, _summary)
 
 
+@app.command("plan")
+def plan_command(
+    recipe: RecipeArgument, set_: SetOption = None,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="M", help="GPUs of each.")] = 1,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="TYPE", help="GPU model, e.g. h100, for times.")] = None,
+    utilization: Annotated[
+        float | None, typer.Option("--utilization", help="Share of its peak that --gpu sustains; assumed: 0.35.")
+    ] = None,
+    flops_per_s: Annotated[
+        float | None, typer.Option("--flops-per-s", metavar="X", help="What one GPU sustains, for times.")
+    ] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the speed on this machine, for times.")] = False,
+    classes: Annotated[int | None, typer.Option("--classes", help="Number of classes, where nothing says.")] = None,
+    train_images: Annotated[int | None, typer.Option("--train-images", help="Number of train images.")] = None,
+    test_images: Annotated[int | None, typer.Option("--test-images", help="Number of test images.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:  # fmt: skip
+    """How large a run is: work, files, memory, and times for so many GPUs. Nothing is run."""
+    import cvdd_ray
+    from cvdd_ray.stages.planreport import rich_plan
+
+    planned = cvdd_ray.plan(
+        load_config(recipe, set_ or []), nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, utilization=utilization,
+        flops_per_s=flops_per_s, calibrate=calibrate, num_classes=classes, train_images=train_images,
+        test_images=test_images,
+    )  # fmt: skip
+    if json_:
+        print(json.dumps(planned.plain(), indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for part in rich_plan(planned):
+        console.print(part, soft_wrap=not isinstance(part, Table))
+
+
 @app.command()
 def show(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory (or s3:// URI) of a run or a sweep.")],

@@ -340,6 +340,11 @@ class RuntimeConfig(Section):
             raise ValueError("wait_for_nodes and wait_for_gpus have no effect without an address (e.g. auto)")
         return self
 
+    @property
+    def gpus_per_task(self) -> float:
+        """GPU share of a task (an expert's training, label epochs, a student) where there are GPUs."""
+        return 0.25 if self.gpus_per_actor is None else min(1.0, self.gpus_per_actor)
+
 
 class StorageConfig(Section):
     out: str | None = None

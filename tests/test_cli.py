@@ -12,7 +12,7 @@ from cvdd_ray.recipes import dump_config
 
 REPOSITORY = Path(__file__).parent.parent
 VERBS = [
-    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "show", "export", "recipes",
+    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "show", "share", "export", "recipes",
     "schema",
 ]  # fmt: skip
 
@@ -121,6 +121,7 @@ BAD = [
     (["fly"], "fly"),
     (["run", "digits-demo", "--speed", "9"], "--speed"),
     (["show", "/no/such/run"], "/no/such/run"),
+    (["share", "/no/such/run"], "not in an S3 bucket"),
     (["export", "/no/such/run", "--to", "hub"], "--dest"),
     (["export", "/no/such/run", "--dest", "out"], "--to"),
     (["export", "/no/such/run", "--to", "zip", "--dest", "out"], "--to zip: unknown layout; choose one of hub"),

@@ -51,7 +51,7 @@ def test_every_verb_of_the_table_exists_and_none_is_missing():
     rows = re.findall(r"^\| `cvdd (.*?)\|", README, re.M)
     named = set(
         re.findall(
-            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|show|export|recipes|schema)\b",
+            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|show|share|export|recipes|schema)\b",
             " ".join(rows),
         )
     )
@@ -98,3 +98,15 @@ def test_the_sweep_files_of_the_table_exist_and_none_is_missing():
     table = README.split("| file | what it answers |")[1].split("\n\n")[0]
     named = set(re.findall(r"`([a-z_]+)`", table))
     assert named == {path.stem for path in (REPOSITORY / "tune_configs").glob("*.yaml")}
+
+
+def test_the_table_of_metrics_is_the_one_that_is_recorded():
+    from ray.util.metrics import Counter
+
+    from cvdd_ray.runner.metrics import METRICS
+
+    rows = re.findall(r"^\| (`ray_cvdd.*?) \| ?(.*?) ?\|", README, re.M)
+    named = {name: tags for names, tags in rows for name in re.findall(r"`(\w+)`", names)}
+    assert named == {
+        f"ray_{name}{'_total' if row.kind is Counter else ''}": ", ".join(row.tags) for name, row in METRICS.items()
+    }

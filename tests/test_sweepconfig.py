@@ -83,6 +83,7 @@ BAD = {
     "another seed": ({"space": {"seed": {"grid": [0, 1]}}}, r"changes the hold-out"),
     "no effect on a trial": ({"space": {"evaluate.seeds": {"grid": [1, 2]}}}, r"set sweep\.seeds"),
     "no effect in a mapping": ({"space": {"evaluate": {"grid": [{"test_every": 3}]}}}, r"set sweep\.report_every"),
+    "workers in a trial": ({"space": {"evaluate.workers": {"grid": [1, 2]}}}, r"students train in one process"),
     "linear below 0": (
         {"space": {"evaluate": {"grid": [{"schedule": "linear", "eta": 0.5}]}}}, r"below 0; use at least 1",
     ),
@@ -123,6 +124,14 @@ def test_bad_sweeps_are_refused_in_one_line(tmp_path, case):
     sweep, message = BAD[case]
     with pytest.raises(ConfigError, match=message) as caught:
         load_sweep(sweep_file(tmp_path, **sweep))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_base_with_several_workers_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.workers: got 2, but a trial trains .* set evaluate\.workers=1"
+    ) as caught:
+        load_sweep(sweep_file(tmp_path, space=T), ["evaluate.workers=2"])
     assert "\n" not in str(caught.value)
 
 

@@ -33,14 +33,11 @@ def epoch_plans(
     seed: int, epoch: int, num_images: int, size: int, *, batch_size: int, flip: bool, use_cutmix: bool, crop_scale
 ) -> list[BatchPlan]:
     """Return the batches of one epoch: a permutation of the images, cut into batches, with a view per image and one
-    CutMix box and permutation per batch. A remainder of one image joins the batch before it, since one image has no
-    batch statistics.  Source: spec 6.1; decision 39 (seeded)."""
+    CutMix box and permutation per batch.  Source: spec 6.1; decision 39 (seeded)."""
     draw = generator(seed, "relabel", epoch)
     order_N = torch.randperm(num_images, generator=draw)
     views = draw_views(num_images, size, draw, crop=True, flip=flip, roll=0, scale=crop_scale)
-    starts = list(range(0, num_images, batch_size))
-    if len(starts) > 1 and num_images - starts[-1] == 1:
-        starts.pop()
+    starts = batch_starts(num_images, batch_size)
     plans = []
     for batch, (start, stop) in enumerate(zip(starts, [*starts[1:], num_images], strict=True)):
         partner_B = torch.randperm(stop - start, generator=draw)
@@ -48,6 +45,15 @@ def epoch_plans(
         cut = Views(views.boxes_N4[start:stop], views.flips_N[start:stop], views.rolls_N2[start:stop])
         plans.append(BatchPlan(epoch, batch, order_N[start:stop], cut, partner_B, box))
     return plans
+
+
+def batch_starts(num_images: int, batch_size: int) -> list[int]:
+    """Return where the batches of an epoch begin. A remainder of one image joins the batch before it, since one image has
+    no batch statistics."""
+    starts = list(range(0, num_images, batch_size))
+    if len(starts) > 1 and num_images - starts[-1] == 1:
+        starts.pop()
+    return starts
 
 
 def batch_views(images_NCHW: Tensor, plan: BatchPlan, rows_R: Tensor | None = None) -> Tensor:

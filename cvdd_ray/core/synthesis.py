@@ -93,6 +93,11 @@ def job_views(jobs: tuple[Job, ...], settings: SynthesisSettings, size: int, ite
     )
 
 
+def is_traced(iteration: int, iterations: int) -> bool:
+    """Return whether the losses of this iteration are remembered: about once per percent, and those of the last one."""
+    return iteration % max(1, iterations // 100) == 0 or iteration == iterations - 1
+
+
 def distill_group(
     committee: Committee,
     jobs: tuple[Job, ...],
@@ -128,7 +133,7 @@ def distill_group(
         name: torch.tensor([jobs[j].weights[jobs[j].voters.index(name)] for j in jobs_of[name]], device=device)
         for name in experts
     }
-    trace, trace_every = list(state.trace), max(1, settings.iterations // 100)
+    trace = list(state.trace)
 
     for iteration in range(state.iteration, settings.iterations):
         views = apply_views(images, job_views(jobs, settings, size, iteration), size)
@@ -145,7 +150,7 @@ def distill_group(
         optimizer.step()
         with torch.no_grad():
             images.clamp_(low, high)
-        if iteration % trace_every == 0 or iteration == settings.iterations - 1:
+        if is_traced(iteration, settings.iterations):
             for name in experts:
                 terms = zip(jobs_of[name], votes[name].cross_entropy_G.tolist(), votes[name].bn_term_G.tolist(),
                             strict=True)  # fmt: skip

@@ -25,6 +25,11 @@ def shares(counts: np.ndarray, share: float) -> np.ndarray:
     return np.floor(share * counts + 0.5).astype(np.int64)
 
 
+def holdout_counts(counts: np.ndarray, share: float) -> np.ndarray:
+    """Images of every class that are held out: the share of it, at least one, at least one left."""
+    return np.clip(shares(counts, share), 1, counts - 1)
+
+
 def scaled_down(counts: np.ndarray, total: int | None) -> np.ndarray:
     """Counts per class in the same proportions that add up to at most `total` (largest remainders first)."""
     if total is None or total >= counts.sum():

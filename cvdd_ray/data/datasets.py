@@ -35,6 +35,16 @@ class DatasetInfo:
     class_chunk: int
     """Classes optimised together, one image each ("recover batch")."""
 
+    @property
+    def image_bytes(self) -> int:
+        """Pixels of one image as uint8."""
+        return 3 * self.image_size**2
+
+    @property
+    def index_bytes(self) -> int:
+        """Pixels of one image index, an image of every class, as uint8: what shards of image sets are counted in."""
+        return self.num_classes * self.image_bytes
+
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -141,7 +151,12 @@ def network_inputs(
     """Return uint8 images (N, 3, S, S) on `device`, to be indexed by a tensor of rows for normalised float32 images:
     normalised beforehand as long as they take at most 1 GiB, with equal bits either way."""
     pixels = torch.from_numpy(np.array(images)).to(device)
-    return normalize(pixels, info) if 4 * pixels.numel() <= NORMALIZED_BYTES else Pixels(pixels, info)
+    return normalize(pixels, info) if network_input_bytes(pixels.numel()) > pixels.numel() else Pixels(pixels, info)
+
+
+def network_input_bytes(num_values: int) -> int:
+    """Bytes that `network_inputs` takes on the device for so many values."""
+    return 4 * num_values if 4 * num_values <= NORMALIZED_BYTES else num_values
 
 
 def denormalize(x: torch.Tensor, info: DatasetInfo) -> torch.Tensor:

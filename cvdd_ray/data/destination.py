@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyarrow import fs
-
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 
@@ -68,15 +66,11 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 def _upload(folder: Path, store: Store, there: set[str]) -> None:
     """Copy all files: the marker first, so that a broken upload can be replaced, README.md last."""
-    filesystem, base = store.filesystem
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     with _one_line(store):
         store.delete(CARD)
         for name in sorted(names, key=lambda name: (name == CARD, name != MARKER, name)):
-            fs.copy_files(
-                str(folder / name), f"{base.rstrip('/')}/{name}",
-                source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem,
-            )  # fmt: skip
+            store.upload(name, folder / name)
             if name == MARKER:
                 for stale in there - set(names):
                     store.delete(stale)
@@ -84,13 +78,12 @@ def _upload(folder: Path, store: Store, there: set[str]) -> None:
 
 def _names_there(store: Store) -> set[str]:
     """Return the names of what is at the root of a store.  Raises ArtifactError when that is no directory."""
-    filesystem, base = store.filesystem
     with _one_line(store):
-        if filesystem.get_file_info(base).type == fs.FileType.File:
+        if store.root_is_file():
             raise ArtifactError(f"{_where(store)} is a file; give another --dest")
-        found = filesystem.get_file_info(fs.FileSelector(base, recursive=not store.is_local, allow_not_found=True))
-    prefix = len(base.rstrip("/")) + 1
-    return {info.path[prefix:] for info in found if store.is_local or info.type == fs.FileType.File}
+        if not store.is_local:
+            return set(store.all_names())
+        return {path.name for path in Path(store.root).iterdir()} if Path(store.root).is_dir() else set()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cvdd_ray.config import DataConfig
-from cvdd_ray.data.choices import HOLDOUT, MAX_PER_CLASS, MAX_TEST, pick, scaled_down, shares
+from cvdd_ray.data.choices import HOLDOUT, MAX_PER_CLASS, MAX_TEST, holdout_counts, pick, scaled_down
 from cvdd_ray.data.datasets import SMALL_SIDE, DatasetInfo, dataset_info
 from cvdd_ray.data.images import RealImages
 from cvdd_ray.data.listing import DOWNLOADED, Listing, short
@@ -36,16 +36,7 @@ def load_real(data: DataConfig, seed: int) -> RealData:
     Raises ConfigError: settings that contradict each other. DataError: data that is missing, damaged, of the wrong
     size, or has other classes than given. Source: spec section 1; the hold-out is this project's (spec section 3).
     """
-    info = dataset_info(data)
-    if data.download and data.source not in DOWNLOADED:
-        raise ConfigError(
-            f"data.download has no effect with data.source {data.source!r}; it is for cifar10, cifar100 and imagenette"
-        )
-    train, test = READERS[data.source](data, info)
-    info = _check_classes(data, info, train, test)
-    for listing in (train, test):
-        _check_listing(listing, info)
-
+    train, test, info = list_real(data)
     per_class = np.bincount(train.labels, minlength=info.num_classes)
     if data.max_per_class is not None:
         per_class = np.minimum(per_class, data.max_per_class)
@@ -59,6 +50,23 @@ def load_real(data: DataConfig, seed: int) -> RealData:
     if not len(test_images):
         raise DataError(f"{test.title} has no readable image; evaluation needs a test split, give one that has images")
     return RealData(real.subset(kept), real.subset(held_out), test_images, info)
+
+
+def list_real(data: DataConfig) -> tuple[Listing, Listing, DatasetInfo]:
+    """What the configured source has for train and test, before any choice and before any image is read.
+
+    Raises ConfigError and DataError as `load_real`, but for single images.
+    """
+    info = dataset_info(data)
+    if data.download and data.source not in DOWNLOADED:
+        raise ConfigError(
+            f"data.download has no effect with data.source {data.source!r}; it is for cifar10, cifar100 and imagenette"
+        )
+    train, test = READERS[data.source](data, info)
+    info = _check_classes(data, info, train, test)
+    for listing in (train, test):
+        _check_listing(listing, info)
+    return train, test, info
 
 
 def _check_classes(data: DataConfig, info: DatasetInfo, train: Listing, test: Listing) -> DatasetInfo:
@@ -79,7 +87,7 @@ def _check_classes(data: DataConfig, info: DatasetInfo, train: Listing, test: Li
             f"difference at label {first}); correct the list, or leave data.classes out to take the source's"
         )
     if info.num_classes == 0:
-        return replace(info, num_classes=len(found), class_chunk=min(info.class_chunk, len(found)))
+        return with_classes(info, len(found))
     if info.num_classes != len(found):
         raise DataError(
             f"{train.title} has {len(found)} classes, but dataset {info.name!r} has {info.num_classes}; give the "
@@ -87,6 +95,11 @@ def _check_classes(data: DataConfig, info: DatasetInfo, train: Listing, test: Li
             "data.image_size)"
         )
     return info
+
+
+def with_classes(info: DatasetInfo, num_classes: int) -> DatasetInfo:
+    """The constants of a source whose number of classes was not known before."""
+    return replace(info, num_classes=num_classes, class_chunk=min(info.class_chunk, num_classes))
 
 
 def _check_listing(listing: Listing, info: DatasetInfo) -> None:
@@ -115,5 +128,5 @@ def _split_holdout(real: RealImages, share: float, seed: int) -> tuple[np.ndarra
             f"a class needs at least 2 train images, one to train on and one to hold out{left_out}, but these have "
             f"fewer: {short(poor)}; add images, drop the classes, or raise data.max_per_class"
         )
-    held_out = pick(real.labels, np.clip(shares(counts, share), 1, counts - 1), seed, HOLDOUT)
+    held_out = pick(real.labels, holdout_counts(counts, share), seed, HOLDOUT)
     return np.setdiff1d(np.arange(len(real)), held_out), held_out

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -107,6 +108,15 @@ class Store:
             yield HashingStream(stream)
             self._remote.put(path, stream, stream.tell())
 
+    def upload(self, name: str, path: str | Path) -> None:
+        """Write a whole file from one of the local disk."""
+        with open(path, "rb") as source:
+            if not self.is_local:
+                self._remote.put(self.path(name), source, os.fstat(source.fileno()).st_size)
+                return
+            with self.writer(name) as copy:
+                shutil.copyfileobj(source, copy, PART_BYTES)
+
     def take(self, source: "Store", there: str, here: str) -> None:
         """Take a file over from another store, or under another name: a hard link on one disk, a copy inside one object
         store, else through this process in parts; whole or not at all.
@@ -128,6 +138,11 @@ class Store:
         with source.open(there) as stream, self.writer(here) as copy:
             while part := stream.read(PART_BYTES):
                 copy.write(part)
+
+    def root_is_file(self) -> bool:
+        """Return whether a file lies where the root should be."""
+        info = self._fs.get_file_info(self._base) if self.is_local else self._remote.info(self._base)
+        return info.type == fs.FileType.File
 
     @property
     def s3(self) -> S3 | None:

@@ -52,7 +52,7 @@ class Coordinator:
         tell(mailbox, "actor_started", "coordinator", ray.get_runtime_context().get_actor_id())
 
     def run_group(self, name: str, task: GroupTask) -> bytes:
-        """Finish one group and return its final state; several calls may run at once, each in its own thread."""
+        """Finish one group and return its trace (`grouptask.run_group`); several calls may run at once, each in a thread."""
         prepare_torch(self._threads)
         return _run_group(self._committee, name, task, self._store, self._device, self._mailbox)
 
@@ -72,7 +72,7 @@ class ColocatedWorker:
         tell(mailbox, "actor_started", "worker", ray.get_runtime_context().get_actor_id())
 
     def run_group(self, name: str, task: GroupTask) -> bytes:
-        """Finish one group and return its final state."""
+        """Finish one group and return its trace (`grouptask.run_group`)."""
         prepare_torch(self._threads)
         return _run_group(self._committee, name, task, self._store, self._device, self._mailbox)
 

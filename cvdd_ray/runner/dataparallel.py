@@ -37,9 +37,11 @@ class WorkerGroups:
         self._errors: dict[str, CvddError] = {}
 
     def run(self, name: str, item: Any, function: Callable, shared_refs: Sequence[Any], mailbox: Any) -> Any:
-        """Return function(item, *shared, workers=..., report=...) of rank 0; its reports go to the mailbox.
+        """Return function(item, *shared, workers=..., report=...) of rank 0; its reports go to the mailbox, with the `place`
+        (placement group) of the workers.
 
-        Raises the CvddError of any rank, and Ray Train's WorkerGroupError when the workers were lost too often.
+        Raises the CvddError of any rank, Ray Train's WorkerGroupError when the workers were lost too often, and RayActorError
+        when Ray Train's own actor was.
         """
         me = ray.get_runtime_context().current_actor
         work = partial(_work, function, item, name, shared_refs, me, mailbox, self._threads)
@@ -83,10 +85,13 @@ def _work(
     context = train.get_context()
     workers = Workers(context.get_world_rank(), context.get_world_size())
 
+    place = ray.util.get_current_placement_group()
+
     def report(said: dict) -> None:
         if workers.rank == 0:
-            mailbox.put.remote(name, said)
+            mailbox.put.remote(name, {**said, "place": place})
 
+    report({})
     try:
         result = function(item, *ray.get(list(shared_refs)), workers=workers, report=report)
     except CvddError as error:

@@ -50,7 +50,7 @@ METRICS = {
 def record(name: str, value: float, **tags: str) -> None:
     """Add to a counter, set a gauge or observe a value; nothing happens in a process without Ray.
 
-    Costs 4 microseconds. Raises KeyError for a metric that is not in the table, ValueError for other tags than its own.
+    Costs 6 microseconds. Raises KeyError for a metric that is not in the table, ValueError for other tags than its own.
     """
     kind, _, names, _ = METRICS[name]
     if set(tags) != set(names):

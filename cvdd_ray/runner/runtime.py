@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
@@ -18,6 +19,7 @@ from cvdd_ray.runner.cluster import (
     Share,
     connect,
     expert_share,
+    outgrown,
     places_with,
     student_share,
     task_share,
@@ -77,11 +79,14 @@ class RayRuntime:
         self._owns_ray = connect(c)
         self._c, self._on_event = c, on_event
         self._started: set[str] = set()  # Ray's ids of the actors and tasks that have said so
-        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # the driver's own node: not lost before the driver is; Ray takes `soft` for any node, and so far away reports
+        # would be waited for until Ray notices that their node has gone
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=self._here)(Mailbox).remote()
         self._experts: dict[str, Any] = {}
         self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
         self._kept: dict[str, Any] = {}
+        self._asked = Share(0.0, 0.0), 0  # of Ray for the latest distillation: each actor's share, and how many
 
     def map(self, function, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         share = task_share(self._c)
@@ -96,23 +101,36 @@ class RayRuntime:
     def train(
         self, function, items, shared, num_workers, on_report=lambda name, report: None
     ) -> Iterator[tuple[str, Any]]:
-        from cvdd_ray.runner.dataparallel import ENVIRONMENT, WorkerGroups
+        from cvdd_ray.runner import dataparallel
 
         self.release()  # workers take whole GPUs
         share, at_once = student_share(self._c, num_workers)
-        groups = _remote(
-            WorkerGroups, Share(0.0, 0.0), scheduling_strategy=self._here, runtime_env={"env_vars": ENVIRONMENT},
+        remote = ray.remote(
+            num_cpus=0, scheduling_strategy=self._here, runtime_env={"env_vars": dataparallel.ENVIRONMENT},
             concurrency_groups={"train": at_once, "tell": 8},
-        ).remote(num_workers, share, self._c.threads_per_actor)  # fmt: skip
-        run = groups.run.options(concurrency_group="train")
-        shared_refs = [ray.put(value) for value in shared]
-        try:
-            waiting = {
-                run.remote(name, item, function, shared_refs, self._mailbox): name for name, item in items.items()
-            }
-            yield from self._results(waiting, on_report, _work(function, items))
-        finally:
-            ray.kill(groups)
+        )(dataparallel.WorkerGroups)  # fmt: skip
+        todo, places, shared_refs = dict(items), {}, [ray.put(value) for value in shared]
+
+        def heard(name: str, report: dict) -> None:
+            places[name] = report.get("place") or places.get(name)
+            on_report(name, report)
+
+        for losses in range(dataparallel.MAX_FAILURES + 1):
+            groups = remote.remote(num_workers, share, self._c.threads_per_actor)
+            run = groups.run.options(concurrency_group="train")
+            refs = {run.remote(name, item, function, shared_refs, self._mailbox): name for name, item in todo.items()}
+            try:
+                for name, result in self._results(refs, heard, _work(function, todo)):
+                    del todo[name]
+                    yield name, result
+                return
+            except RayActorError:  # of this actor or one of Ray Train's, which start workers again by themselves
+                if losses == dataparallel.MAX_FAILURES:
+                    raise
+            finally:  # ends the workers; but Ray keeps the places of an actor that was ended
+                ray.kill(groups)
+                for place in filter(None, places.values()):
+                    remove_placement_group(place)
 
     def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         if worker_bundles() is not None:  # Ray Data would look for places outside of this trial's
@@ -131,6 +149,14 @@ class RayRuntime:
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None) -> Iterator[tuple[str, bytes]]:
         used = {name for task in tasks.values() for job in task.jobs for name in job.voters}
         specs = {name: spec for name, spec in experts.items() if name in used}
+        left = dict(tasks)
+        while left:  # once, unless nodes leave: then the groups go on from their checkpoints on those that are left
+            for name, result in self._distill_here(dict(left), specs, voter, store, on_report):
+                del left[name]
+                yield name, result
+
+    def _distill_here(self, tasks, specs, voter, store, on_report) -> Iterator[tuple[str, bytes]]:
+        """Yield results as groups finish, until all have or the actors no longer fit on the nodes that are there."""
         start = self._colocated if self._c.placement == "colocate" else self._spread
         drivers = start(specs, voter, store, len(tasks))
         try:
@@ -140,7 +166,8 @@ class RayRuntime:
             }
             sizes = {name: len(task.jobs) for name, task in tasks.items()}
             stage = next(iter(tasks.values())).checkpoint.split("/")[0]
-            yield from self._results(waiting, on_report, Work(stage, "jobs", sizes))
+            until = outgrown(self._c, *self._asked)
+            yield from self._results(waiting, on_report, Work(stage, "jobs", sizes), until)
         finally:
             for driver in drivers:
                 ray.kill(driver)
@@ -155,7 +182,8 @@ class RayRuntime:
             strategy = (
                 {} if worker_bundles() else {"scheduling_strategy": "SPREAD"}
             )  # a trial's actors stay in its places
-            remote = _remote(ExpertActor, expert_share(c, len(specs)), **strategy)
+            self._asked = expert_share(c, len(specs)), len(specs)
+            remote = _remote(ExpertActor, self._asked[0], **strategy)
             for name, spec in missing.items():
                 if name in self._experts:
                     ray.kill(self._experts.pop(name))
@@ -180,17 +208,21 @@ class RayRuntime:
         c = self._c
         places = int(sum(places_with("GPU")) or sum(places_with("CPU")) / c.threads_per_actor)
         num_workers = max(1, min(places, num_groups))
-        remote = _remote(ColocatedWorker, expert_share(c, num_workers))
+        self._asked = expert_share(c, num_workers), num_workers
+        remote = _remote(ColocatedWorker, self._asked[0])
         specs_ref = self._kept["committee"] = ray.put(specs)
         return [remote.remote(specs_ref, voter, store, self._mailbox, c.threads_per_actor) for _ in range(num_workers)]
 
-    def _results(self, waiting: Mapping[Any, str], on_report, work: Work) -> Iterator[tuple[str, Any]]:
-        """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""
+    def _results(
+        self, waiting: Mapping[Any, str], on_report, work: Work, until: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (name, result) as work finishes and pass reports on; if one piece fails, or when `until` says so, the
+        rest is cancelled."""
         waiting = dict(waiting)
         known = set(waiting.values())  # a late report of an earlier call is nobody's
         asked, silent_s = time.monotonic(), SILENT_S
         try:
-            while waiting:
+            while waiting and not until():
                 ready, _ = ray.wait(list(waiting), timeout=POLL_S)
                 if self._watch(waiting, known, on_report, work):
                     silent_s = math.inf

@@ -195,9 +195,9 @@ class StageWork:
 
         `write(task, store, classes, metadata, *shared, report)` writes the image indices of one file (data/shards.py).
         """
-        run, size = self.run, self.run.info.image_size
+        run = self.run
         metadata = {"dataset": run.info.name, "mean": run.info.mean, "std": run.info.std, "ipc": ipc, **about}
-        tasks = shard_tasks(self.partial, base, ipc, len(run.classes) * 3 * size**2)
+        tasks = shard_tasks(self.partial, base, ipc, run.info.index_bytes)
         items = {f"{name}.receipt": task for name, task in tasks.items()}
         shared = (run.store, run.classes, metadata, *shared)
         if len(items) == 1:

@@ -109,9 +109,7 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
             return
         about = {"images": images.content(), "num_classes": len(run.classes), "teachers": names,
                  "teacher_weights": list(weights), "relabel": c.model_dump(), "classes": run.classes}  # fmt: skip
-        epoch_bytes = label_bytes(len(images), len(run.classes))
-        spans = cuts(c.epochs, min(MAX_EPOCHS_PER_PIECE, per_shard(epoch_bytes)))
-        sharded = c.epochs > per_shard(epoch_bytes)
+        spans, sharded = label_spans(c.epochs, len(images), len(run.classes))
         if sharded:
             about |= {"epochs": c.epochs, "epochs_per_shard": len(spans[0])}
         pieces = {f"epochs{span.start:05d}": span for span in spans}
@@ -130,6 +128,12 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
 def label_bytes(num_images: int, num_classes: int) -> int:
     """Return about how many bytes an epoch of labels takes: fp16 logits, image index, crop, flip and partner per image."""
     return num_images * (2 * num_classes + 24)
+
+
+def label_spans(epochs: int, num_images: int, num_classes: int) -> tuple[list[range], bool]:
+    """Return which epochs one worker writes together, and whether each such file is a shard of the set or they are joined."""
+    most = per_shard(label_bytes(num_images, num_classes))
+    return cuts(epochs, min(MAX_EPOCHS_PER_PIECE, most)), epochs > most
 
 
 def join_labels(store: Store, name: str, pieces: Iterable[Written], about: dict) -> Written:

@@ -146,5 +146,4 @@ def starting_images(run: Run, ipc: int) -> StoredStarts | NoiseStarts:
         return NoiseStarts(run.config.seed, run.info.image_size)
     manifest = run.require(f"initialize/ipc{ipc}", "initialize")
     files = [run.artifacts.verify(manifest, name) for name in shard_files(manifest.files, START)]
-    index_bytes = len(run.classes) * 3 * run.info.image_size**2
-    return StoredStarts(tuple(files), per_shard(index_bytes), len(run.classes), run.info)
+    return StoredStarts(tuple(files), per_shard(run.info.index_bytes), len(run.classes), run.info)

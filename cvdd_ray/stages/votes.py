@@ -14,8 +14,16 @@ PRIORS = "priors.json"
 def needs_priors(c: RunConfig) -> bool:
     """Return whether any weight or voter choice of this run depends on the priors."""
     votes = c.voting.weighting == "prior" and c.voting.size > 1
-    picks = c.voting.selection == "top" or (c.voting.selection == "auto" and 1 in c.ipc and not c.voting.fixed)
-    return votes or picks or (c.relabel.weighting == "prior" and len(c.relabel.teachers or c.committee.experts) > 1)
+    return (
+        votes
+        or picks_by_prior(c)
+        or (c.relabel.weighting == "prior" and len(c.relabel.teachers or c.committee.experts) > 1)
+    )
+
+
+def picks_by_prior(c: RunConfig) -> bool:
+    """Return whether the priors decide who votes on some image."""
+    return c.voting.selection == "top" or (c.voting.selection == "auto" and 1 in c.ipc and not c.voting.fixed)
 
 
 def load_priors(run: Run) -> tuple[dict[str, float], str]:

@@ -263,6 +263,18 @@ def test_a_student_taken_up_again_goes_on_bit_for_bit():
     assert losses_of(other, range(6)) != losses  # another seed drops other units
 
 
+def test_every_micro_batch_draws_numbers_of_its_own():
+    drawn = []
+    listener = Listener(CLASSES, lambda x, net: drawn.append(float(torch.rand(()))))
+    images = normal(0, 20, 3, SIZE, SIZE)
+    losses_of(StudentTraining(listener, images, settings(), seed=3), range(2))
+    assert len(drawn) == len(set(drawn)) == 2 * 3  # of two epochs with micro-batches of 8, 8 and 4
+    again = StudentTraining(listener, images, settings(), seed=3)
+    again.next_epoch = 1
+    losses_of(again, [1])
+    assert drawn[6:] == drawn[3:6]
+
+
 def test_training_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     losses_of(StudentTraining(dropping_net(), normal(0, 20, 3, SIZE, SIZE), settings(), seed=3), [0])

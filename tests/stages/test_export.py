@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import DatasetCard
-from pyarrow import fs
 
 import cvdd_ray
 from cvdd_ray.data import shards
@@ -392,20 +391,20 @@ def test_from_and_to_an_object_store(finished, tmp_path, bucket, monkeypatch):
 
 def test_a_broken_upload_has_no_card_and_can_be_made_again(finished, bucket, monkeypatch):
     uri, client = bucket
-    copies, real = [], fs.copy_files
+    copies, real = [], Store.upload
 
-    def breaks(source, target, **options):
-        copies.append(target)
+    def breaks(store, name, path):
+        copies.append(name)
         if len(copies) == 3:
             raise OSError("connection lost")
-        real(source, target, **options)
+        real(store, name, path)
 
-    monkeypatch.setattr(fs, "copy_files", breaks)
+    monkeypatch.setattr(Store, "upload", breaks)
     with pytest.raises(ArtifactError, match=r"s3://bucket/broken cannot be written \(connection lost\)"):
         cvdd_ray.export(finished, "hub", uri("broken"))
     listed = client.list_objects_v2(Bucket="bucket", Prefix="broken/")["Contents"]
     assert "broken/README.md" not in [item["Key"] for item in listed]
-    monkeypatch.setattr(fs, "copy_files", lambda *a, **k: (copies.append(a[1]), real(*a, **k)))
+    monkeypatch.setattr(Store, "upload", lambda store, name, path: (copies.append(name), real(store, name, path)))
     copies.clear()
     cvdd_ray.export(finished, "hub", uri("broken"), overwrite=True)
     assert copies[0].endswith("export.json")

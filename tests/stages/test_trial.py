@@ -126,6 +126,13 @@ def test_settings_that_do_not_fit_are_refused(base, pool):
         prepare(runs(pool), base, {"evaluate.students": ["vgg99"]})
 
 
+def test_several_workers_for_a_student_are_refused(base, pool):
+    run, _ = prepare(runs(pool), base, {})
+    run.config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"workers": 2})})
+    with pytest.raises(ConfigError, match=r"evaluate\.workers: got 2, but a trial trains its students in one process"):
+        TrialStudents(run, 1)
+
+
 # --- its students -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,236 @@
+"""What every stage of a run does, writes and holds in memory, counted from its settings.
+
+Wherever a stage has a function that decides a number (jobs, groups, shards, label files), that function is asked here, too.
+Sizes of images and traces are estimates from runs that were made; sizes of labels, weights and checkpoints follow from their
+formats.
+"""
+
+from dataclasses import replace
+
+from cvdd_ray.core.costs import Cost, forward_cost, training_cost, view_flops, weight_bytes
+from cvdd_ray.core.softlabels import batch_starts, batches_together
+from cvdd_ray.data.datasets import DatasetInfo, network_input_bytes
+from cvdd_ray.data.shards import shard_tasks
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.evaluate import OURS
+from cvdd_ray.stages.initialize import BLOCK, KINDS, class_items, observer_name, portions, tiles_per_side
+from cvdd_ray.stages.planwork import (
+    FLOAT,
+    OTHER,
+    OWN,
+    PLACE_BYTES,
+    PNG_OF_REAL,
+    TRACE_ROW_BYTES,
+    Phase,
+    StageCount,
+    Storage,
+    count_student,
+    count_synthesis,
+    driver_bytes,
+    expert,
+    files_of_sets,
+    image_bytes,
+    set_bytes,
+    split_bytes,
+    tasks_per_gpu,
+)
+from cvdd_ray.stages.real import SMALL, TEST_BATCH
+from cvdd_ray.stages.relabel import label_bytes, label_sets, label_spans, teacher_names
+from cvdd_ray.stages.synthesize import DISTILLED, image_jobs
+from cvdd_ray.stages.votes import needs_priors, vote_of_image
+
+
+def count_stages(run: Run) -> list[StageCount]:
+    """Return every stage of a run in order; of its data labels alone are looked at (data/outlines.py).
+
+    Raises ConfigError as the stages would.
+    """
+    c = run.config
+    measured = needs_priors(c) and c.prior.method == "distill"
+    stages = [count_pretrain(run)]
+    if measured and c.prior.ipc not in c.ipc:
+        stages.append(count_initialize(run, c.prior.ipc))
+    if measured:
+        stages.append(count_prior(run))
+    elif needs_priors(c):
+        stages.append(StageCount("prior", {}, (), Storage(1 + OWN, 0), driver_bytes(run)))
+    stages += [count_initialize(run, ipc) for ipc in c.ipc]
+    stages += [count_synthesize(run, ipc) for ipc in c.ipc]
+    stages += [count_relabel(run, ipc, label_set) for ipc in c.ipc for label_set in label_sets(run)]
+    stages += [count_evaluate(run, ipc) for ipc in c.ipc]
+    return stages
+
+
+def count_pretrain(run: Run) -> StageCount:
+    c, train, holdout = run.config, run.real.train, run.real.holdout
+    networks = {name: expert(run, name) for name in c.committee.experts}
+    given = set(c.committee.weights)
+    steps = c.pretrain.epochs * len(batch_starts(len(train), c.pretrain.batch_size))
+    units, batch, on_gpu = [], TEST_BATCH, []
+    for name, network in networks.items():
+        stored, trained = weight_bytes(network)
+        testing = forward_cost(network)
+        flops, peak = testing.flops * len(holdout), testing.peak_bytes * TEST_BATCH
+        if name not in given:
+            step = training_cost(network, c.pretrain.batch_size)
+            flops += step.flops * len(train) * c.pretrain.epochs // c.pretrain.batch_size
+            batch, moments = max(batch, c.pretrain.batch_size), 2 if c.pretrain.optimizer == "adam" else 1
+            peak = max(peak, step.peak_bytes + moments * trained)
+        units.append({OTHER: flops})
+        on_gpu.append(stored + peak)
+    weights = sum(weight_bytes(network)[0] for network in networks.values())
+    splits = split_bytes(run, train, holdout)
+    decoded = 2 * batch * FLOAT * run.info.image_bytes
+    return StageCount(
+        "pretrain",
+        {"experts": len(units), "trained": len(units) - len(given), "iterations": steps * (len(units) - len(given))},
+        (Phase(units, tasks_per_gpu(run), decoded + (splits if run.info.image_size > SMALL else 0), on_gpu),),
+        Storage(len(units) * (2 + OWN), weights),
+        driver_bytes(run) + weights,
+        splits,
+    )
+
+
+def count_prior(run: Run) -> StageCount:
+    """Every expert alone: images, then students on them, labelled by it as they go."""
+    c, holdout = run.config, run.real.holdout
+    iterations, epochs = c.prior.iterations or c.synthesize.iterations, c.prior.epochs or c.student_epochs
+    sets = {name: image_jobs(run, c.prior.ipc, lambda i, name=name: ((name,), (1.0,))) for name in c.committee.experts}
+    made = count_synthesis(run, sets, c.prior.ipc, iterations)
+    num_images = c.prior.ipc * run.info.num_classes
+    views, call = view_flops(run.info.image_size), images_per_call(run, num_images)
+    learning = count_student(run, c.prior.student, num_images, epochs, len(holdout))
+    units, label_gpu = [], 0
+    for name in c.committee.experts:
+        teacher = forward_cost(expert(run, name))
+        labels = epochs * num_images * (teacher.flops + views)
+        units += [{OTHER: labels + learning.flops}] * c.prior.seeds
+        label_gpu = max(label_gpu, teacher_bytes(call, teacher, run.info) + weight_bytes(expert(run, name))[0])
+    pixels = set_bytes(run, c.prior.ipc)
+    on_gpu = network_input_bytes(pixels) + max(learning.gpu, label_gpu)
+    students = Phase(units, tasks_per_gpu(run), 3 * pixels + learning.worker, on_gpu)
+    return replace(
+        made,
+        stage="prior",
+        counts={**made.counts, "students": len(units)},
+        phases=(*made.phases, students),
+        storage=replace(
+            made.storage,
+            files=made.storage.files + 1 + OWN,
+            partial_files=made.storage.partial_files + len(units),
+        ),
+        store_bytes=max(made.store_bytes, split_bytes(run, holdout)),
+    )
+
+
+def count_initialize(run: Run, ipc: int) -> StageCount:
+    c, info = run.config.initialize, run.info
+    items, observer = class_items(run, ipc), expert(run, observer_name(run))
+    shards = {kind: len(shard_tasks("x", kind, ipc, info.index_bytes)) for kind in KINDS}
+    num_images, factor = ipc * info.num_classes, tiles_per_side(run)
+    cuts = {"patches": factor**2 + 1, "real": 2, "noise": 1}[c.method] * num_images
+    scored = sum(len(one.scored) for one in items) if c.method == "patches" else 0
+    cropped = BLOCK * c.num_crops * 3 * (info.image_size // factor) ** 2 * FLOAT
+    shard = max(len(task.indices) for task in shard_tasks("x", KINDS[0], ipc, info.index_bytes).values())
+    writing = 4 * shard * info.index_bytes  # cells, tiles, PNG and the same decoded again
+    written = {kind: image_bytes(num_images, info.image_bytes, PNG_OF_REAL) for kind in KINDS}
+    listing, pieces, per_gpu = split_bytes(run, run.real.train), portions(cuts), tasks_per_gpu(run)
+    reading = listing if info.image_size > SMALL else 0
+    phases = [Phase([{} for _ in pieces], per_gpu, reading + max(2 * cropped, writing))]  # cut, and write the files
+    if scored:
+        crop = forward_cost(observer)
+        units = [{OTHER: len(portion) * c.num_crops * crop.flops} for portion in portions(scored)]
+        on_gpu = crop.peak_bytes * c.num_crops + weight_bytes(observer)[0]
+        phases.append(Phase(units, per_gpu, reading + 2 * cropped, on_gpu))
+    return StageCount(
+        f"initialize/ipc{ipc}",
+        {"scored_images": scored, "crops": scored * c.num_crops, "cuts": cuts, "images": len(KINDS) * num_images},
+        tuple(phases),
+        Storage(
+            files=sum(shards.values()) + OWN,
+            bytes=sum(written.values()),
+            partial_files=(len(portions(scored)) if scored else 0) + 2 * len(pieces) + files_of_sets(shards.values()),
+            partial_bytes=(1 if c.method == "noise" else 2) * set_bytes(run, ipc) + sum(written.values()) + 32 * scored,
+        ),
+        driver_bytes(run) + PLACE_BYTES * (scored + cuts) + (writing if max(shards.values()) == 1 else 0),
+        listing + weight_bytes(observer)[0] + 2 * per_gpu * cropped,
+    )
+
+
+def count_synthesize(run: Run, ipc: int) -> StageCount:
+    c = run.config
+    priors = c.prior.values or dict.fromkeys(c.committee.experts, 0.0)
+    jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
+    made = count_synthesis(run, {DISTILLED: jobs}, ipc, c.synthesize.iterations)
+    trace = made.counts["trace_rows"] * TRACE_ROW_BYTES
+    storage = replace(made.storage, files=made.storage.files + 1 + OWN, bytes=made.storage.bytes + trace)
+    return replace(made, stage=f"synthesize/ipc{ipc}", storage=storage)
+
+
+def count_relabel(run: Run, ipc: int, label_set: str) -> StageCount:
+    c, info = run.config.relabel, run.info
+    num_images, networks = ipc * info.num_classes, [expert(run, name) for name in teacher_names(run)]
+    spans, sharded = label_spans(c.epochs, num_images, info.num_classes)
+    call = images_per_call(run, num_images)
+    teachers = [forward_cost(network) for network in networks]
+    per_image = sum(cost.flops for cost in teachers) + view_flops(info.image_size)
+    weights = sum(weight_bytes(network)[0] for network in networks)
+    written = c.epochs * label_bytes(num_images, info.num_classes)
+    pixels = set_bytes(run, ipc)
+    units = [{OTHER: len(span) * num_images * per_image} for span in spans]
+    holding = pixels + weights + 8 * num_images * info.num_classes  # 8: logits of an epoch, as made and as stored
+    on_gpu = network_input_bytes(pixels) + weights + max(teacher_bytes(call, cost, info) for cost in teachers)
+    return StageCount(
+        f"relabel/ipc{ipc}/{label_set}",
+        {
+            "epochs": c.epochs,
+            "batches": c.epochs * len(batch_starts(num_images, c.resolved_batch_size(num_images))),
+            "image_views": c.epochs * num_images,
+            "teacher_images": c.epochs * num_images * len(networks),
+            "label_files": len(spans),
+        },
+        (Phase(units, tasks_per_gpu(run), holding, on_gpu),),
+        Storage(
+            files=(len(spans) if sharded else 1) + OWN,
+            bytes=written,
+            partial_files=2 * len(spans) + (not sharded),
+            partial_bytes=written * (1 if sharded else 2),
+        ),
+        driver_bytes(run) + 2 * pixels + weights,
+        pixels + weights,
+    )
+
+
+def images_per_call(run: Run, num_images: int) -> int:
+    """Return how many images of a set are labelled together."""
+    c = run.config.relabel
+    batch = c.resolved_batch_size(num_images)
+    return min(batches_together(batch, c.resolved_bn_group(num_images)) * batch, num_images)
+
+
+def teacher_bytes(num_images: int, teacher: Cost, info: DatasetInfo) -> int:
+    """Return what labelling so many images takes on the GPU besides weights: a teacher's pass, and views as they are made."""
+    return num_images * (3 * teacher.peak_bytes // 2 + 4 * FLOAT * info.image_bytes)
+
+
+def count_evaluate(run: Run, ipc: int) -> StageCount:
+    c, num_images = run.config.evaluate, ipc * run.info.num_classes
+    epochs, arms = run.config.student_epochs, [OURS, *c.baselines]
+    each = [count_student(run, name, num_images, epochs, len(run.real.test)) for name in c.students]
+    units = [{OTHER: one.flops} for _ in range(c.seeds) for one in each for _ in arms]
+    pixels = set_bytes(run, ipc)
+    holding = pixels + max(one.worker for one in each)
+    on_gpu = network_input_bytes(pixels) + max(one.gpu for one in each)
+    return StageCount(
+        f"evaluate/ipc{ipc}",
+        {
+            "students": len(units),
+            "iterations": len(units) * each[0].steps,
+            "image_views": len(units) * epochs * num_images,
+            "tests": len(units) * each[0].tests,
+        },
+        (Phase(units, tasks_per_gpu(run), holding, on_gpu),),
+        Storage(1 + OWN, 0, partial_files=len(units)),
+        driver_bytes(run) + (len(arms) + 1) * pixels,
+        len(arms) * pixels + split_bytes(run, run.real.test),
+    )
