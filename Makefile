@@ -4,12 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test lint format clean
+.PHONY: demo test dry-run lint format clean
 demo: $(VENV)/installed  ## distil the bundled digits, 5 to 6 minutes on 2 cores
 	$(BIN)/cvdd run digits-demo --out runs/demo
 
 test: $(VENV)/installed  ## all tests, no GPU or network needed
 	$(BIN)/pytest
+
+dry-run: $(VENV)/installed  ## ImageNet-1K's 1,000 classes, jobs and shards with tiny images
+	$(BIN)/python tests/scale/dry_run.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

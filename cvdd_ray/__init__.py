@@ -11,6 +11,7 @@ from cvdd_ray.errors import ArtifactError, ConfigError, CvddError, DataError, Nu
 from cvdd_ray.recipes import load_config
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import evaluate
+from cvdd_ray.stages.export import export
 from cvdd_ray.stages.initialize import initialize
 from cvdd_ray.stages.pipeline import check, run_all
 from cvdd_ray.stages.pretrain import pretrain
@@ -32,6 +33,7 @@ __all__ = [
     "SweepConfig",
     "check",
     "evaluate",
+    "export",
     "initialize",
     "load_config",
     "load_distilled",
@@ -58,7 +60,7 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
     if config.runtime.engine == "ray":
         from cvdd_ray.runner import start_runtime
 
-        this.runtime = start_runtime(config.runtime)
+        this.runtime = start_runtime(config.runtime, this.store, this.progress.say)
     try:
         run_all(this)
     finally:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cvdd_ray.config import RunConfig
-from cvdd_ray.errors import ConfigError, CvddError
+from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
 from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names
 
 app = typer.Typer(
@@ -64,13 +64,16 @@ def sweep_command(
 ) -> None:  # fmt: skip
     """Search settings with Ray Tune; run again after an interruption, it continues where it stopped."""
     import cvdd_ray
-    from cvdd_ray.runner.progress import LiveProgress
+    from cvdd_ray.runner.progress import open_progress
 
     config = cvdd_ray.load_sweep(file, _changes(set_, address), base=base)
     folder = out or config.storage.out or str(Path("runs") / Path(file).stem)
-    progress = LiveProgress()
+    progress = open_progress(config.runtime.log_format)
     try:
-        cvdd_ray.sweep(config, folder, reuse=reuse or (), overwrite=overwrite, progress=progress, verbose=verbose)
+        cvdd_ray.sweep(
+            config, folder, reuse=reuse or (), overwrite=overwrite, progress=progress, on_event=progress.event,
+            verbose=verbose,
+        )  # fmt: skip
     finally:
         progress.close()
     show(folder)
@@ -98,7 +101,9 @@ for _verb, _summary in {
 
 
 @app.command()
-def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run or a sweep.")]) -> None:
+def show(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory (or s3:// URI) of a run or a sweep.")],
+) -> None:
     """Print the summary of a run or a sweep; write its tables and pictures to DIR/report."""
     from cvdd_ray.data.storage import Store
     from cvdd_ray.stages.report import rich_summary, write_report
@@ -111,8 +116,60 @@ def show(folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of
     swept = is_sweep(store)
     for part in rich_sweep(read_sweep(store)) if swept else rich_summary(summarize_run(store)):
         console.print(part)
-    for name, path in (write_sweep_report(store) if swept else write_report(store)).items():
+    try:
+        written = write_sweep_report(store) if swept else write_report(store)
+    except ArtifactError as error:
+        if store.is_local:
+            raise
+        print(f"the report was not written: {error}", file=sys.stderr)  # a bucket that may only be read
+        return
+    for name, path in written.items():
         console.print(f"{name}: {path}", soft_wrap=True)
+    if store.s3 is not None:
+        console.print(f"links to them: cvdd share {store.display('').rstrip('/')}", soft_wrap=True)
+
+
+@app.command()
+def share(
+    folder: Annotated[str, typer.Argument(metavar="URI", help="s3:// URI of a run or a sweep.")],
+    file: Annotated[
+        list[str] | None, typer.Option("--file", metavar="NAME", help="A file in there, or a pattern; may be repeated.")
+    ] = None,
+    expires: Annotated[
+        str, typer.Option("--expires", metavar="TIME", help="How long the links work, e.g. 90m, 7d.")
+    ] = "24h",
+) -> None:
+    """Print links that let anyone fetch the distilled images, soft labels and report of a run in an S3 bucket."""
+    from cvdd_ray.data.sharing import seconds, shared_links
+
+    for name, url in shared_links(folder, file or (), seconds(expires)).items():
+        print(f"{name}: {url}")
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory (or s3:// URI) of a run.")],
+    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="hub, imagefolder or webdataset.")],
+    dest: Annotated[str, typer.Option("--dest", metavar="FOLDER", help="New directory (or s3:// URI) of the export.")],
+    ipc: Annotated[int | None, typer.Option("--ipc", metavar="N", help="One of several; hub takes all.")] = None,
+    license_: Annotated[
+        str, typer.Option("--license", metavar="ID", help="Licence in the Hub's spelling, e.g. cc-by-4.0.")
+    ] = "unknown",
+    shard_mb: Annotated[float, typer.Option("--shard-mb", help="Largest Parquet or tar file in MiB.")] = 500,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at FOLDER.")] = False,
+) -> None:
+    """Publish a run: Hugging Face Hub layout, image folder, or WebDataset tar files."""
+    import cvdd_ray
+    from cvdd_ray.runner.progress import LiveProgress
+
+    progress = LiveProgress()
+    try:
+        where = cvdd_ray.export(
+            folder, to, dest, ipc=ipc, license=license_, shard_mb=shard_mb, overwrite=overwrite, progress=progress
+        )
+    finally:
+        progress.close()
+    print(f"exported to {where}")
 
 
 @app.command()
@@ -151,11 +208,11 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
 
     from cvdd_ray.data.artifacts import Artifacts, source_stores
     from cvdd_ray.data.storage import Store
-    from cvdd_ray.runner.progress import LiveProgress
+    from cvdd_ray.runner.progress import open_progress
     from cvdd_ray.stages.context import Run
     from cvdd_ray.stages.pipeline import STAGES, check, remember, run_all
 
-    progress = LiveProgress()
+    progress = open_progress(config.runtime.log_format)
     artifacts = Artifacts(Store(folder), overwrite, sources=source_stores(reuse))
     run = Run(config, artifacts, progress=progress)
     try:
@@ -163,7 +220,7 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
         if config.runtime.engine == "ray":
             from cvdd_ray.runner import start_runtime
 
-            run.runtime = start_runtime(config.runtime)
+            run.runtime = start_runtime(config.runtime, run.store, progress.say, progress.event)
         if verb == "run":
             run_all(run)
         else:

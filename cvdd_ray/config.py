@@ -26,12 +26,16 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet"] = "digits"
-    """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files."""
+    source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet", "webdataset"] = (
+        "digits"
+    )
+    """Where the real images come from. `folder`: path/train/CLASS/*.png; `parquet`: Hub-style files; `webdataset`: tar files
+    train-*.tar and test-*.tar (or val-*.tar) of KEY.jpg with KEY.cls or KEY.json, class names in classes.txt."""
     path: str | None = None
-    """Directory of the data (torchvision root, image folder, or a directory of Parquet files). Not used by `digits`."""
+    """Directory of the data (torchvision root, image folder, Parquet or tar files), or s3:// URI, except for CIFAR. Not used
+    by `digits`."""
     dataset: str | None = None
-    """Row of the dataset table (mean, std, size, roll) for `folder` and `parquet` sources; None: ImageNet statistics."""
+    """Row of the dataset table (mean, std, size, roll) for `folder`, `parquet` and `webdataset`; None: ImageNet statistics."""
     image_size: Positive | None = None
     """Side of the square input in pixels; None: the dataset table's."""
     classes: tuple[str, ...] | None = None
@@ -56,7 +60,8 @@ class CommitteeConfig(Section):
     width: PositiveFloat = 1.0
     """Channel multiplier of every expert at 32/64 px; 1 is the paper's network, below 1 the slim ones for CPU runs."""
     weights: dict[str, str] = {}
-    """Given weights per expert: a `.safetensors`/`.pth` file or `torchvision:IMAGENET1K_V1`. Others are pretrained."""
+    """Given weights per expert: a `.safetensors`/`.pth` file (or its s3:// URI), or `torchvision:IMAGENET1K_V1`. Others are
+    pretrained."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -305,6 +310,12 @@ class RuntimeConfig(Section):
     """`ray`: experts are actors; `local`: everything in this process (the reference)."""
     address: str | None = None
     """Existing Ray cluster to join, e.g. `auto`; None: a private one on this machine."""
+    wait_for_nodes: Positive | None = None
+    """Nodes that a joined cluster must have before work starts; None: those that are there."""
+    wait_for_gpus: Positive | None = None
+    """GPUs that must be free before work starts; an autoscaling cluster is asked for them. None: one if nothing could work."""
+    wait_s: PositiveFloat = 900.0
+    """How long to wait for nodes and GPUs, in seconds."""
     placement: Literal["spread", "colocate"] = "spread"
     """`spread`: one expert per actor, coordinators send views; `colocate`: each worker holds the whole committee."""
     num_cpus: Positive | None = None
@@ -317,11 +328,16 @@ class RuntimeConfig(Section):
     """Torch threads of every actor and task."""
     groups_in_flight: Positive = 2
     """Job groups the coordinator drives at once, so that no expert waits for it."""
+    log_format: Literal["plain", "json"] = "plain"
+    """What the command writes to stderr: lines for people, or one JSON object per event (stages, progress, pieces of
+    work, checkpoints, failures) for programs."""
 
     @model_validator(mode="after")
     def _check(self):
         if self.engine == "local" and self.address:
             raise ValueError("address has no effect with engine 'local'; drop one of the two")
+        if self.address is None and (self.wait_for_nodes or self.wait_for_gpus):
+            raise ValueError("wait_for_nodes and wait_for_gpus have no effect without an address (e.g. auto)")
         return self
 
 

@@ -26,6 +26,42 @@ def ray_runtime():
     runtime.close()
 
 
+@pytest.fixture(scope="session")
+def s3_server():
+    """The port of a real S3 server on this machine."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path):
+    """A bucket behind a proxy that misbehaves on demand (`s3_faults`). Waits are short, the clients themselves try once
+    (so that what is tried again is this package's doing), the local cache is empty."""
+    from s3_faults import KEYS, FaultyS3
+
+    import cvdd_ray.data.s3
+    from cvdd_ray.data import retries
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": KEYS["aws_access_key_id"], "AWS_SECRET_ACCESS_KEY": KEYS["aws_secret_access_key"],
+        "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true",
+        "CVDD_RAY_S3_RETRY_S": "60", "CVDD_RAY_CACHE": str(tmp_path / "local-cache"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(retries, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(cvdd_ray.data.s3, "ATTEMPTS", 1)
+    bucket = FaultyS3(s3_server)
+    yield bucket
+    bucket.close()
+
+
 def tiny_config(**sections) -> RunConfig:
     """A run of seconds: bundled digits, two slim experts, a few iterations; sections are merged in."""
     base = {

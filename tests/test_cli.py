@@ -12,7 +12,8 @@ from cvdd_ray.recipes import dump_config
 
 REPOSITORY = Path(__file__).parent.parent
 VERBS = [
-    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "show", "recipes", "schema",
+    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "show", "share", "export", "recipes",
+    "schema",
 ]  # fmt: skip
 
 
@@ -72,6 +73,10 @@ def test_run_show_and_single_verbs(cvdd, tiny_yaml, tmp_path):
     code, out, _ = cvdd("show", str(out_dir))
     assert code == 0
     assert "resnet18" in out
+    code, out, err = cvdd("export", str(out_dir), "--to", "hub", "--dest", str(tmp_path / "hub"), "--license", "mit")
+    assert (code, out) == (0, f"exported to {tmp_path / 'hub'}\n")
+    assert "export soft labels of ipc 2: 2 epochs" in err
+    assert (tmp_path / "hub" / "README.md").read_text().startswith("---\nlicense: mit\n")
 
 
 def test_recipes_and_schema(cvdd):
@@ -116,6 +121,11 @@ BAD = [
     (["fly"], "fly"),
     (["run", "digits-demo", "--speed", "9"], "--speed"),
     (["show", "/no/such/run"], "/no/such/run"),
+    (["share", "/no/such/run"], "not in an S3 bucket"),
+    (["export", "/no/such/run", "--to", "hub"], "--dest"),
+    (["export", "/no/such/run", "--dest", "out"], "--to"),
+    (["export", "/no/such/run", "--to", "zip", "--dest", "out"], "--to zip: unknown layout; choose one of hub"),
+    (["export", "/no/such/run", "--to", "hub", "--dest", "out"], "/no/such/run holds no run"),
     (["recipes", "nope"], "neither packaged"),
 ]
 

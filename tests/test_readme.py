@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import datasets
 import pytest
 import typer
 
@@ -50,7 +51,8 @@ def test_every_verb_of_the_table_exists_and_none_is_missing():
     rows = re.findall(r"^\| `cvdd (.*?)\|", README, re.M)
     named = set(
         re.findall(
-            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|show|recipes|schema)\b", " ".join(rows)
+            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|show|share|export|recipes|schema)\b",
+            " ".join(rows),
         )
     )
     assert named == set(typer.main.get_command(cli.app).commands)
@@ -65,11 +67,12 @@ def test_the_library_example_runs(make_config, tmp_path, monkeypatch, ray_runtim
         return make_config(ipc=[10], runtime={"engine": "local"}, evaluate={"seeds": 1, "baselines": []})
 
     monkeypatch.setattr(cvdd_ray, "load_config", small)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
-    assert len(names["dataset"]) == 100
+    assert len(names["dataset"]) == len(names["images"]) == 100
     assert names["views"].shape[1:] == (3, 16, 16)
 
 
@@ -95,3 +98,15 @@ def test_the_sweep_files_of_the_table_exist_and_none_is_missing():
     table = README.split("| file | what it answers |")[1].split("\n\n")[0]
     named = set(re.findall(r"`([a-z_]+)`", table))
     assert named == {path.stem for path in (REPOSITORY / "tune_configs").glob("*.yaml")}
+
+
+def test_the_table_of_metrics_is_the_one_that_is_recorded():
+    from ray.util.metrics import Counter
+
+    from cvdd_ray.runner.metrics import METRICS
+
+    rows = re.findall(r"^\| (`ray_cvdd.*?) \| ?(.*?) ?\|", README, re.M)
+    named = {name: tags for names, tags in rows for name in re.findall(r"`(\w+)`", names)}
+    assert named == {
+        f"ray_{name}{'_total' if row.kind is Counter else ''}": ", ".join(row.tags) for name, row in METRICS.items()
+    }

@@ -5,6 +5,7 @@ Weights enter a network only after names, shapes and values were checked, so not
 """
 
 import http.client
+import io
 import math
 import pickle
 import re
@@ -122,12 +123,13 @@ def require_batchnorm(model: nn.Module, name: str) -> None:
         )
 
 
-def load_weights(model: nn.Module, source: str, *, name: str) -> None:
+def load_weights(model: nn.Module, source: str, *, name: str, content: bytes | None = None) -> None:
     """Fill `model` (built under `name`) from `source`; on any error the model is left as it was.
 
     `source` is `torchvision:IMAGENET1K_V1` (or _V2; 1000 classes, above 64 px; read from $TORCH_HOME/hub/checkpoints,
     downloaded when it is not there), or a `.safetensors`, `.pth` or `.pt` file with a state dict, plain or under
-    "state_dict" or "model", with or without the "module." prefix. Pickles are read as tensors only; no code runs.
+    "state_dict" or "model", with or without the "module." prefix. Pickles are read as tensors only; no code runs. With
+    `content`, the bytes of a file that is not on this disk, `source` only says what file that was.
 
     Raises: ConfigError for an unknown name; DataError for any other source, a missing or damaged file, a pickle with
     objects other than tensors, names or shapes that do not fit, or values that are not finite.
@@ -146,9 +148,9 @@ def load_weights(model: nn.Module, source: str, *, name: str) -> None:
             f"{given}: not a kind of weights known here; give torchvision:IMAGENET1K_V1 (1000 classes, above "
             f"{SMALL_MAX_PX} px) or a .safetensors, .pth or .pt file"
         )
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise DataError(f"{given}: there is no such file; correct the path, or leave the entry out to pretrain {name}")
-    _fill(model, _read(path, given=given), given=given)
+    _fill(model, _read(path, content, given=given), given=given)
 
 
 def save_weights(model: nn.Module) -> bytes:
@@ -204,12 +206,12 @@ def _torchvision_file(model: nn.Module, label: str, *, name: str, given: str) ->
     return path
 
 
-def _read(path: Path, *, given: str) -> dict[str, torch.Tensor]:
-    """State dict of a weights file on the CPU; raises DataError for anything that is not one."""
+def _read(path: Path, data: bytes | None, *, given: str) -> dict[str, torch.Tensor]:
+    """State dict of a weights file, or of its bytes, on the CPU; raises DataError for anything that is not one."""
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            return safetensors.torch.load_file(path, device="cpu") if data is None else safetensors.torch.load(data)
+        content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{given}: the file is damaged or holds Python objects other than tensors, which are refused because "

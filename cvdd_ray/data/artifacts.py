@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cvdd_ray.data.cache import mapped
 from cvdd_ray.data.storage import PART_BYTES, Store
 from cvdd_ray.errors import ArtifactError
 
@@ -75,7 +76,8 @@ class Artifacts:
     A run has one artifact per stage, in the stage's folder; `overwrite` lets other settings replace it. With `variants`
     results of different settings lie side by side, in a folder per plan, and `manifest(stage)` is the one last asked for
     by plan. `sources` are other stores whose finished stages are taken over where the plan is the same. `exclusive(keys)`
-    is entered while stages are made, so that two processes do not make the same one.
+    is entered while stages are made, so that two processes do not make the same one. `cached` keeps what is read from an
+    object store in the local cache (`data.cache`).
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class Artifacts:
         variants: bool = False,
         sources: Sequence[Store] = (),
         exclusive: Callable[[Sequence[str]], AbstractContextManager] = lambda keys: nullcontext(),
+        cached: bool = False,
     ):
-        self.store, self.overwrite, self.variants = store, overwrite, variants
+        self.store, self.overwrite, self.variants, self._cached = store, overwrite, variants, cached
         self._sources, self._exclusive = tuple(sources), exclusive
         self.used: dict[str, Manifest] = {}
 
@@ -166,7 +169,11 @@ class Artifacts:
 
     def read(self, manifest: Manifest, name: str) -> bytes:
         """Return a file of a finished stage, verified.  Raises ArtifactError when it is missing or altered."""
-        content = self.store.read(f"{self.folder(manifest.identity)}/{name}")
+        path = f"{self.folder(manifest.identity)}/{name}"
+        if self._cached and not self.store.is_local:
+            with mapped(self.store, path, manifest.files[name]) as file:
+                return file.read()
+        content = self.store.read(path)
         self._require_digest(manifest, name, sha256(content))
         return content
 

@@ -15,7 +15,8 @@ from cvdd_ray.data.artifacts import MANIFEST, Artifacts
 from cvdd_ray.data.datasets import Normalization, network_inputs, normalize
 from cvdd_ray.data.imagesets import ImageSet, read_image_set
 from cvdd_ray.data.labels import SoftLabels
-from cvdd_ray.data.shards import load_images, open_labels, shard_files
+from cvdd_ray.data.remote import is_uri, without_secrets
+from cvdd_ray.data.shards import label_files, load_images, open_labels
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 
@@ -56,28 +57,32 @@ class DistilledDataset(Dataset):
 def load_distilled(path: str, ipc: int | None = None) -> DistilledDataset:
     """Return the distilled set of a run directory (or s3:// URI), or of one .arrow file (then without soft labels).
 
+    From an object store files come through the local cache (`data.cache`): fetched and verified once, label files when one
+    of their epochs is asked for, and memory-mapped afterwards.
     `ipc` picks one of several; None takes the only one there is.  Raises ArtifactError when there is none, when several
     could be meant, when a file was altered, or when soft labels belong to other images.
     """
     path = str(path)
-    if path.endswith(".arrow"):
-        folder, _, name = path.rpartition("/")
-        return DistilledDataset(read_image_set(Store(folder or ".").read(name), path), None)
-    if "://" not in path and not Path(path).is_dir():
+    place, mark, options = path.partition("?") if is_uri(path) else (path, "", "")
+    if place.endswith(".arrow"):
+        folder, _, name = place.rpartition("/")
+        store = Store(f"{folder or '.'}{mark}{options}")
+        return DistilledDataset(read_image_set(store.read(name), store.where(name)), None)
+    if not is_uri(path) and not Path(path).is_dir():
         raise ArtifactError(f"{path}: no such directory; give a run's directory or the .arrow file of a distilled set")
     store = Store(path)
     found = [name.split("/")[1] for name in store.names("synthesize") if name.endswith(f"/{MANIFEST}")]
     wanted = [name for name in found if ipc is None or name == f"ipc{ipc}"]
     if len(wanted) != 1:
+        where = without_secrets(path) if is_uri(path) else path
         there = ", ".join(name.removeprefix("ipc") for name in found) or "none"
         raise ArtifactError(
-            f"{path}: distilled sets for IPC {there}; name one with ipc=, or make it with `cvdd synthesize`"
+            f"{where}: distilled sets for IPC {there}; name one with ipc=, or make it with `cvdd synthesize`"
         )
-    artifacts = Artifacts(store)
+    artifacts = Artifacts(store, cached=True)
     manifest = artifacts.require(f"synthesize/{wanted[0]}", "synthesize")
     images = load_images(artifacts, manifest, IMAGES)
     labelled = artifacts.manifest(f"relabel/{wanted[0]}/distilled")
     if labelled is None:
         return DistilledDataset(images, None)
-    label_files = [artifacts.verify(labelled, name) for name in shard_files(labelled.files, LABELS)]
-    return DistilledDataset(images, open_labels(store, label_files, images.content()))
+    return DistilledDataset(images, open_labels(store, label_files(artifacts, labelled, LABELS), images.content()))

@@ -3,7 +3,6 @@
 Shapes: N images, H W pixels (an image's own size), S side of the square network input. Pixels are uint8 RGB.
 """
 
-import functools
 import hashlib
 import io
 import json
@@ -12,11 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from cvdd_ray.data.datasets import SMALL_SIDE
@@ -27,6 +24,7 @@ VERIFY_LIMIT = 20_000
 SLICE = 64
 """Consecutive images per task of the thread pool."""
 THREADS = min(8, os.cpu_count() or 1)
+REMOTE_THREADS = 16  # they wait for answers more than they decode
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # others (EPS, PDF ...) may start foreign programs
 ID_BYTES = 16
 
@@ -107,7 +105,10 @@ def fit(image: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 class Source(Protocol):
-    """Where the images of a split lie; cheap to pickle."""
+    """Where the images of a split lie; cheap to pickle. `threads` read at once; `is_cheap`: so is reading any one image."""
+
+    threads: ClassVar[int]
+    is_cheap: ClassVar[bool]
 
     def name(self, index: int) -> str: ...
     def load(self, index: int) -> bytes: ...
@@ -121,6 +122,8 @@ class Files:
 
     root: str
     names: tuple[str, ...]
+    threads: ClassVar[int] = THREADS
+    is_cheap: ClassVar[bool] = True
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
@@ -133,74 +136,11 @@ class Files:
             raise BadImage(error.strerror or type(error).__name__) from None
 
     def stamp(self, index: int, data: bytes | None) -> bytes:
-        """Identity of one file: relative name and size, and the content if it has been read anyway."""
         length = os.path.getsize(self.name(index)) if data is None else len(data)
-        return _digest(self.names[index].encode("utf-8", "surrogateescape"), str(length).encode(), data or b"")
+        return name_stamp(self.names[index], length, data)
 
     def take(self, indices: np.ndarray) -> "Files":
         return replace(self, names=tuple(self.names[i] for i in indices))
-
-
-@dataclass(frozen=True, eq=False)
-class ParquetRows:
-    """Rows of Parquet files whose image column is struct<bytes, path>; groups hold one entry per row group.
-
-    Single reads decode a whole row group (the last few are kept), so read in row order where you can; a large set
-    that is read at random is better kept as a folder.
-    """
-
-    files: tuple[str, ...]
-    column: str
-    group_file: np.ndarray
-    group_index: np.ndarray
-    group_start: np.ndarray
-    rows: np.ndarray
-
-    def _locate(self, index: int) -> tuple[str, int, int, int]:
-        row = int(self.rows[index])
-        group = int(np.searchsorted(self.group_start, row, side="right")) - 1
-        number = int(self.group_file[group])
-        first = int(self.group_start[np.searchsorted(self.group_file, number)])
-        return self.files[number], int(self.group_index[group]), row - int(self.group_start[group]), row - first
-
-    def name(self, index: int) -> str:
-        path, _, _, row = self._locate(index)
-        return f"{path} row {row}"
-
-    def load(self, index: int) -> bytes:
-        path, group, offset, _ = self._locate(index)
-        try:
-            data = _row_group(path, os.stat(path).st_mtime_ns, group, self.column)[offset].as_py()
-        except (pa.ArrowException, OSError) as error:
-            raise BadImage(f"its row group: {' '.join(str(error).split())}") from None
-        if data is None:
-            raise BadImage("its `bytes` are null (a path alone is not followed)")
-        return data
-
-    def stamp(self, index: int, data: bytes | None) -> bytes:
-        """Identity of one row: the encoded image, or the file's footer and the row if it has not been read."""
-        if data is not None:
-            return _digest(data)
-        path, _, _, row = self._locate(index)
-        return _digest(_footer(path, os.stat(path).st_mtime_ns), str(row).encode())
-
-    def take(self, indices: np.ndarray) -> "ParquetRows":
-        return replace(self, rows=self.rows[indices])
-
-
-@functools.lru_cache(maxsize=THREADS + 1)  # every thread of a pass over the set keeps its row group
-def _row_group(path: str, mtime_ns: int, group: int, column: str) -> Any:
-    table = pq.ParquetFile(path).read_row_group(group, columns=[f"{column}.bytes"])
-    return table.column(column).combine_chunks().field("bytes")
-
-
-@functools.lru_cache(maxsize=4)
-def _footer(path: str, mtime_ns: int) -> bytes:
-    with open(path, "rb") as file:
-        size = file.seek(-8, os.SEEK_END) + 8
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(size - 8 - length)
-        return _digest(str(size).encode(), file.read(length))
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +149,8 @@ class Arrays:
 
     title: str
     rows: np.ndarray
+    threads: ClassVar[int] = THREADS
+    is_cheap: ClassVar[bool] = False
 
     def name(self, index: int) -> str:
         return f"{self.title} image {int(self.rows[index])}"
@@ -217,13 +159,18 @@ class Arrays:
         raise AssertionError("pixels of an in-memory set are never loaded")
 
     def stamp(self, index: int, data: bytes | None) -> bytes:
-        return _digest(data or b"")
+        return digest(data or b"")
 
     def take(self, indices: np.ndarray) -> "Arrays":
         return replace(self, rows=self.rows[indices])
 
 
-def _digest(*parts: bytes) -> bytes:
+def name_stamp(name: str, length: int, data: bytes | None) -> bytes:
+    """Identity of a file: relative name and size, and the content if it has been read anyway."""
+    return digest(name.encode("utf-8", "surrogateescape"), str(length).encode(), data or b"")
+
+
+def digest(*parts: bytes) -> bytes:
     hasher = hashlib.sha256()
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") and ("a", "bc") differ
@@ -265,7 +212,7 @@ class RealImages:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if isinstance(self._source, Files):
+        if self._source.is_cheap:
             state["_pixels"] = None
         return state
 
@@ -299,7 +246,7 @@ class RealImages:
             for i in range(start, stop):
                 out[i] = fit(self.read(i), size, self.name(i))
 
-        for _ in _in_threads(len(self), work):
+        for _ in _in_threads(len(self), work, self._source.threads):
             pass
         return out
 
@@ -372,7 +319,7 @@ def load_images(classes: Sequence[str], labels: np.ndarray, source: Source, size
 
     bad: dict[int, str] = {}
     kinds: Counter[str] = Counter()
-    for problems, slice_kinds in _in_threads(count, work):
+    for problems, slice_kinds in _in_threads(count, work, source.threads):
         kinds.update(slice_kinds)
         for i, reason in problems:
             if on_bad_image == "error":
@@ -386,8 +333,8 @@ def load_images(classes: Sequence[str], labels: np.ndarray, source: Source, size
     return everything.subset([i for i in range(count) if i not in bad]) if bad else everything
 
 
-def _in_threads(count: int, work: Callable[[int, int], Any]) -> Iterator[Any]:
+def _in_threads(count: int, work: Callable[[int, int], Any], threads: int) -> Iterator[Any]:
     """Results of `work(start, stop)` over slices of 0..count, in order; the first exception stops the rest."""
     starts = range(0, count, SLICE)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(lambda start: work(start, min(start + SLICE, count)), starts)

@@ -16,12 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from cvdd_ray.data.artifacts import Artifacts, Manifest, Written, sha256
+from cvdd_ray.data.cache import mapped
 from cvdd_ray.data.imagesets import ImageSet, joint_content, read_image_set, table_bytes
 from cvdd_ray.data.labels import SoftLabels
 from cvdd_ray.data.storage import Store
 
 SHARD_BYTES = 256 << 20
 """Pixels of an image shard, logits of a label shard, as far as whole image indices and epochs allow."""
+
+ROWS_AT_ONCE = 64  # of a set that is streamed
 
 
 def shard_name(base: str, shard: int, num_shards: int) -> str:
@@ -48,44 +51,58 @@ def cuts(num_items: int, size: int) -> list[range]:
 
 
 def write_piece(store: Store, name: str, tables: Sequence[pa.Table]) -> None:
-    """Write a piece whose record batch i is table i (`imagesets.image_table`)."""
+    """Write a piece whose record batch i is table i, which may be empty."""
     with store.writer(name) as stream, pa.ipc.new_file(stream, tables[0].schema) as writer:
         for table in tables:
-            writer.write_batch(table.combine_chunks().to_batches()[0])
+            arrays = [column.combine_chunks() for column in table.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=table.schema))
+
+
+def read_batches(store: Store, batches: Iterable[tuple[str, int]]) -> list[pa.RecordBatch]:
+    """Return record batches of pieces by (piece, number)."""
+    readers: dict[str, pa.ipc.RecordBatchFileReader] = {}
+    found = []
+    for piece, number in batches:
+        if piece not in readers:
+            readers[piece] = pa.ipc.open_file(store.open(piece))
+        found.append(readers[piece].get_batch(number))
+    return found
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One file of an image set to put together: its name, and the record batches (piece, number) it has, in order."""
+    """One file of an image set to write: its name in the store, and the image indices it holds."""
 
     name: str
-    batches: tuple[tuple[str, int], ...]
+    indices: range
 
 
-def shard_tasks(
-    folder: str, base: str, ipc: int, index_bytes: int, where: Mapping[tuple[int, int], tuple[str, int]]
-) -> dict[str, ShardTask]:
-    """Return the files of a set of `ipc` image indices of `index_bytes` pixels each, by file name. They are written to
-    `folder`; `where` says which record batch holds (image index, first class of a run)."""
+def shard_tasks(folder: str, base: str, ipc: int, index_bytes: int) -> dict[str, ShardTask]:
+    """Return the files of a set of `ipc` image indices with `index_bytes` of pixels each, by file name, to be written to
+    `folder`."""
     runs = cuts(ipc, per_shard(index_bytes))
     names = [shard_name(base, k, len(runs)) for k in range(len(runs))]
-    return {
-        name: ShardTask(f"{folder}/{name}", tuple(where[place] for place in sorted(where) if place[0] in run))
-        for name, run in zip(names, runs, strict=True)
-    }
+    return {name: ShardTask(f"{folder}/{name}", run) for name, run in zip(names, runs, strict=True)}
 
 
-def assemble_shard(task: ShardTask, store: Store, classes: Sequence[str], metadata: Mapping[str, Any], report) -> bytes:
-    """Write one file of an image set from pieces; return its receipt (sha256 of the file, content hash) as JSON."""
-    readers: dict[str, pa.ipc.RecordBatchFileReader] = {}
-    batches = []
-    for piece, number in task.batches:
-        if piece not in readers:
-            readers[piece] = pa.ipc.open_file(store.open(piece))
-        batches.append(readers[piece].get_batch(number))
-    data = table_bytes(pa.Table.from_batches(batches), classes, metadata)
-    store.write(task.name, data)
-    content = read_image_set(data, store.display(task.name)).content()
+Where = Mapping[
+    int, Sequence[tuple[str, int]]
+]  # image index: record batches (piece, number) that hold it, class by class
+
+
+def assemble_shard(
+    task: ShardTask, store: Store, classes: Sequence[str], metadata: Mapping[str, Any], where: Where, report
+) -> bytes:
+    """Write one file of an image set from record batches that hold its rows; return its receipt."""
+    batches = [place for index in task.indices for place in where[index]]
+    return write_shard(store, task.name, pa.Table.from_batches(read_batches(store, batches)), classes, metadata)
+
+
+def write_shard(store: Store, name: str, table: pa.Table, classes: Sequence[str], metadata: Mapping[str, Any]) -> bytes:
+    """Write one file of an image set; return its receipt (sha256 of the file, content hash) as JSON."""
+    data = table_bytes(table, classes, metadata)
+    store.write(name, data)
+    content = read_image_set(data, store.display(name)).content()
     return json.dumps({"sha256": sha256(data), "content": content}).encode()
 
 
@@ -129,10 +146,47 @@ def joined(shards: Sequence[ImageSet]) -> ImageSet:
     )
 
 
+def image_batches(artifacts: Artifacts, manifest: Manifest, base: str) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a finished image set in order, few at a time, image files undecoded; the schema's metadata has the
+    `huggingface` features.  Raises ArtifactError when a file is missing or altered."""
+    for name in shard_files(manifest.files, base):
+        with artifacts.store.open(artifacts.verify(manifest, name)) as file:
+            for batch in pa.ipc.open_stream(file):
+                for start in range(0, len(batch), ROWS_AT_ONCE):
+                    yield batch.slice(start, ROWS_AT_ONCE)
+
+
 # ------------------------------------------------------------------------------------------------- soft labels
 
 
-def open_labels(store: Store, files: Sequence[str], images: str | None) -> SoftLabels:
-    """Return the reader of a label set's files (names in the store, in order); a file is opened when one of its epochs is
-    asked for.  Raises ArtifactError as `SoftLabels`."""
-    return SoftLabels([lambda name=name: store.open(name) for name in files], store.display(files[0]), images)
+def label_batches(artifacts: Artifacts, manifest: Manifest, base: str) -> Iterator[pa.RecordBatch]:
+    """Yield the soft labels of a finished stage epoch by epoch, a row per batch (`labels.SCHEMA`).
+
+    Raises ArtifactError when a file is missing or altered.
+    """
+    for name in shard_files(manifest.files, base):
+        with artifacts.store.open(artifacts.verify(manifest, name)) as file:
+            reader = pa.ipc.open_file(file)
+            for epoch in range(reader.num_record_batches):
+                yield reader.get_batch(epoch)
+
+
+def label_files(artifacts: Artifacts, manifest: Manifest, base: str) -> dict[str, str]:
+    """Return the files of a finished stage's label set: names in the store, in order, with their sha256. Those of a local
+    disk are verified now, those of an object store when they are fetched.
+
+    Raises ArtifactError when one is missing or altered.
+    """
+    names = shard_files(manifest.files, base)
+    if artifacts.store.is_local:
+        for name in names:
+            artifacts.verify(manifest, name)
+    return {f"{artifacts.folder(manifest.identity)}/{name}": manifest.files[name] for name in names}
+
+
+def open_labels(store: Store, files: Mapping[str, str], images: str | None) -> SoftLabels:
+    """Return the reader of a label set's files (names in the store, in order, with their sha256); a file is opened when one
+    of its epochs is asked for, from the local cache where the store is an object store.  Raises ArtifactError as
+    `SoftLabels`."""
+    openers = [lambda name=name, digest=digest: mapped(store, name, digest) for name, digest in files.items()]
+    return SoftLabels(openers, store.display(next(iter(files))), images)

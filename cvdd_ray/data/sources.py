@@ -8,7 +8,8 @@ from cvdd_ray.config import DataConfig
 from cvdd_ray.data.choices import HOLDOUT, MAX_PER_CLASS, MAX_TEST, pick, scaled_down, shares
 from cvdd_ray.data.datasets import SMALL_SIDE, DatasetInfo, dataset_info
 from cvdd_ray.data.images import RealImages
-from cvdd_ray.data.readers import READERS, Listing, short
+from cvdd_ray.data.listing import DOWNLOADED, Listing, short
+from cvdd_ray.data.readers import READERS
 from cvdd_ray.errors import ConfigError, DataError
 
 __all__ = ["RealData", "RealImages", "load_real"]
@@ -36,7 +37,7 @@ def load_real(data: DataConfig, seed: int) -> RealData:
     size, or has other classes than given. Source: spec section 1; the hold-out is this project's (spec section 3).
     """
     info = dataset_info(data)
-    if data.download and data.source not in ("cifar10", "cifar100", "imagenette"):
+    if data.download and data.source not in DOWNLOADED:
         raise ConfigError(
             f"data.download has no effect with data.source {data.source!r}; it is for cifar10, cifar100 and imagenette"
         )

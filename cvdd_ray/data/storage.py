@@ -3,44 +3,47 @@
 import hashlib
 import io
 import os
-import re
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 from pyarrow import fs
 
+from cvdd_ray.data.remote import Remote, is_uri, without_secrets
+from cvdd_ray.data.s3 import PART_BYTES, S3
 from cvdd_ray.errors import ArtifactError
-
-PART_BYTES = 16 << 20  # of a file that passes through this process
 
 
 class Store:
     """Files under one root. A name is a relative path with forward slashes; names cannot leave the root.
 
-    `root` is a directory or a URI that pyarrow knows (`s3://bucket/prefix?endpoint_override=...`). Stores pickle by
-    root alone, so that actors open their own.  Raises ArtifactError for a root that cannot be opened.
+    `root` is a directory or a URI (`s3://bucket/prefix?endpoint_override=...`). Stores pickle by root alone, so that actors
+    open their own. An object store that is away for a while is waited for (`retries.retried`): all methods raise
+    ArtifactError in the end.  Raises ArtifactError for a root that cannot be opened.
     """
 
     def __init__(self, root: str):
         self.root = str(root)
+        self.is_local = not is_uri(self.root)
+        if self.is_local:
+            self.root = str(Path(self.root).expanduser().absolute())  # other processes have other working directories
+            self._fs, self._base = fs.LocalFileSystem(), self.root
+            return
         try:
-            if re.match(r"^[A-Za-z][A-Za-z0-9+]*://", self.root):
-                self._fs, self._base = fs.FileSystem.from_uri(self.root)
-                if not self._base:
-                    raise pa.ArrowInvalid("no bucket")
-            else:
-                self.root = str(
-                    Path(self.root).expanduser().absolute()
-                )  # other processes have other working directories
-                self._fs, self._base = fs.LocalFileSystem(), self.root
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(  # pyarrow's own message repeats the URI, credentials and all
-                f"storage.out: cannot open {_without_secrets(self.root)!r} ({type(error).__name__}); "
-                f"give a directory or an s3://bucket/prefix URI"
+            self._remote = Remote(self.root)
+            self._fs, self._base = self._remote.filesystem, self._remote.base
+            if not self._base:
+                raise ValueError("no bucket")
+        except (ValueError, OSError) as error:  # pyarrow's own message repeats the URI, credentials and all
+            reason = str(error) if self.root.startswith("s3://") else type(error).__name__
+            raise ArtifactError(
+                f"storage.out: cannot open {without_secrets(self.root)!r} ({reason}); give a directory or an "
+                f"s3://bucket/prefix URI"
             ) from None
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
 
@@ -55,12 +58,16 @@ class Store:
         return "/".join([self._base.rstrip("/"), *parts])
 
     def exists(self, name: str) -> bool:
-        return self._fs.get_file_info(self.path(name)).type == fs.FileType.File
+        path = self.path(name)
+        info = self._fs.get_file_info(path) if self.is_local else self._remote.info(path)
+        return info.type == fs.FileType.File
 
     def read(self, name: str) -> bytes:
         """Return the whole file.  Raises ArtifactError when it is not there."""
         try:
-            with self._fs.open_input_stream(self.path(name)) as stream:
+            if not self.is_local:
+                return self._remote.read(self.path(name))
+            with open(self.path(name), "rb") as stream:
                 return stream.read()
         except FileNotFoundError:
             raise self._absent(name) from None
@@ -68,7 +75,7 @@ class Store:
     def open(self, name: str) -> pa.NativeFile:
         """Return a random-access file, memory-mapped where the disk is local.  Raises ArtifactError when it is absent."""
         try:
-            return pa.memory_map(self.path(name)) if self.is_local else self._fs.open_input_file(self.path(name))
+            return pa.memory_map(self.path(name)) if self.is_local else self._remote.open(self.path(name)).arrow()
         except FileNotFoundError:
             raise self._absent(name) from None
 
@@ -76,10 +83,9 @@ class Store:
         """Write a whole file or nothing: temporary name, fsync, rename (an object store's put is atomic by itself)."""
         path = self.path(name)
         if not self.is_local:
-            with self._fs.open_output_stream(path) as stream:
-                stream.write(content)
+            self._remote.put(path, io.BytesIO(content), len(content))
             return
-        with _replacing(path) as temporary, open(temporary, "wb") as stream:
+        with replacing(path) as temporary, open(temporary, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -88,26 +94,28 @@ class Store:
     def writer(self, name: str) -> Iterator["HashingStream"]:
         """Give a stream whose content becomes the file when the block ends, and nothing if it ends with an error.
 
-        For files that should not be held in memory: an object store gets them in parts.
+        For files that should not be held in memory. What goes to an object store waits on the local disk, so that the
+        upload can be tried again.
         """
         path = self.path(name)
         if self.is_local:
-            with _replacing(path) as temporary, open(temporary, "wb") as stream:
+            with replacing(path) as temporary, open(temporary, "wb") as stream:
                 yield HashingStream(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             return
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        stream = self._fs.open_output_stream(temporary)
-        try:
+        with tempfile.SpooledTemporaryFile(max_size=PART_BYTES) as stream:
             yield HashingStream(stream)
-            stream.close()
-            self._fs.move(temporary, path)
-        except BaseException:  # closing completes an upload, so a broken one lies under its temporary name
-            with suppress(OSError):
-                stream.close()
-                self._fs.delete_file(temporary)
-            raise
+            self._remote.put(path, stream, stream.tell())
+
+    def upload(self, name: str, path: str | Path) -> None:
+        """Write a whole file from one of the local disk."""
+        with open(path, "rb") as source:
+            if not self.is_local:
+                self._remote.put(self.path(name), source, os.fstat(source.fileno()).st_size)
+                return
+            with self.writer(name) as copy:
+                shutil.copyfileobj(source, copy, PART_BYTES)
 
     def take(self, source: "Store", there: str, here: str) -> None:
         """Take a file over from another store, or under another name: a hard link on one disk, a copy inside one object
@@ -119,22 +127,27 @@ class Store:
             raise source._absent(there)
         if self.is_local and source.is_local:
             try:
-                with _replacing(self.path(here)) as temporary:
+                with replacing(self.path(here)) as temporary:
                     os.link(source.path(there), temporary)
                 return
             except OSError:  # another disk, or one without links
                 pass
-        elif not self.is_local and self._fs.equals(source._fs):
-            self._fs.copy_file(source.path(there), self.path(here))
+        elif not self.is_local and not source.is_local and self._remote.shares(source._remote):
+            self._remote.copy(source.path(there), self.path(here))
             return
         with source.open(there) as stream, self.writer(here) as copy:
             while part := stream.read(PART_BYTES):
                 copy.write(part)
 
+    def root_is_file(self) -> bool:
+        """Return whether a file lies where the root should be."""
+        info = self._fs.get_file_info(self._base) if self.is_local else self._remote.info(self._base)
+        return info.type == fs.FileType.File
+
     @property
-    def has_secrets(self) -> bool:
-        """Whether the root itself carries credentials."""
-        return _without_secrets(self.root) != self.root.split("?")[0]
+    def s3(self) -> S3 | None:
+        """The bucket and prefix, where this store is on S3."""
+        return None if self.is_local else self._remote.s3
 
     @property
     def filesystem(self) -> tuple[fs.FileSystem, str]:
@@ -143,19 +156,33 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of all files below a folder; an absent folder has none."""
-        selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
-        infos = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
+        return self._names(self.path(folder))
+
+    def all_names(self) -> list[str]:
+        """Return the sorted names of all files in the store."""
+        return self._names(self._base)
+
+    def _names(self, path: str) -> list[str]:
+        if self.is_local:
+            found = self._fs.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+            infos = [info for info in found if info.type == fs.FileType.File]
+        else:
+            infos = self._remote.files(path)
         prefix = len(self._base.rstrip("/")) + 1
         return sorted(info.path[prefix:] for info in infos if not info.path.endswith(".tmp"))
 
     def delete_folder(self, folder: str) -> None:
         """Remove a folder and what is in it, if it is there."""
-        if self._fs.get_file_info(self.path(folder)).type == fs.FileType.Directory or self.names(folder):
+        if not self.is_local:
+            self._remote.delete_folder(self.path(folder))
+        elif self._fs.get_file_info(self.path(folder)).type == fs.FileType.Directory:
             self._fs.delete_dir(self.path(folder))
 
     def delete(self, name: str) -> None:
         """Remove one file, if it is there."""
-        if self.exists(name):
+        if not self.is_local:
+            self._remote.delete(self.path(name))
+        elif self.exists(name):
             self._fs.delete_file(self.path(name))
 
     def _absent(self, name: str) -> ArtifactError:
@@ -167,7 +194,7 @@ class Store:
 
     def display(self, name: str) -> str:
         """Return root and name for a message, without credentials."""
-        return f"{_without_secrets(self.root).rstrip('/')}/{name}"
+        return f"{without_secrets(self.root).rstrip('/')}/{name}"
 
 
 class HashingStream(io.RawIOBase):
@@ -189,7 +216,7 @@ class HashingStream(io.RawIOBase):
 
 
 @contextmanager
-def _replacing(path: str) -> Iterator[str]:
+def replacing(path: str) -> Iterator[str]:
     """Give a temporary name in the folder of `path`; what is there at the end takes its place, after an error nothing does."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
@@ -198,7 +225,3 @@ def _replacing(path: str) -> Iterator[str]:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _without_secrets(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri).split("?")[0]

@@ -1,6 +1,7 @@
 """Packaged recipes, and the way from a recipe or a YAML file to a checked RunConfig."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -58,10 +59,19 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def without_place(config: Config) -> Config:
-    """Return the configuration without the cluster's address and the directory: what it is, not where (a URI may hold
-    credentials)."""
-    runtime = config.runtime.model_copy(update={"address": None})
-    return config.model_copy(update={"runtime": runtime, "storage": StorageConfig()})
+    """Return the configuration without the cluster's address, the directory and all logins in URIs: what it is, not
+    where."""
+    runtime = config.runtime.model_copy(update={"address": None, "wait_for_nodes": None, "wait_for_gpus": None})
+    data = config.data.model_copy(update={"path": config.data.path and without_login(config.data.path)})
+    weights = {name: without_login(source) for name, source in config.committee.weights.items()}
+    committee = config.committee.model_copy(update={"weights": weights})
+    changed = {"runtime": runtime, "storage": StorageConfig(), "data": data, "committee": committee}
+    return config.model_copy(update=changed)
+
+
+def without_login(address: str) -> str:
+    """Return a URI without KEY:SECRET@, also where a / in the secret was left as it is; other addresses as they are."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+]*://)(?:[^/@?]*|[^/?]*:.*)@", r"\1", address)
 
 
 def _with_overrides(settings: dict[str, Any], overrides: Iterable[str], model: type[Config]) -> Config:

@@ -3,21 +3,38 @@
 import os
 import secrets
 import sys
+from collections.abc import Callable
 
 from cvdd_ray.config import RuntimeConfig
+from cvdd_ray.data.storage import Store
 from cvdd_ray.stages.runtime import Runtime
 
 
-def start_runtime(c: RuntimeConfig) -> Runtime:
-    """Return a runtime on Ray: a private cluster on this machine, or the one at `runtime.address`.
+def start_runtime(
+    c: RuntimeConfig,
+    store: Store,
+    say: Callable[[str], None],
+    on_event: Callable[[str, dict], None] = lambda event, facts: None,
+) -> Runtime:
+    """Return a runtime on Ray: a private cluster on this machine, or the one at `runtime.address`, once the nodes it is
+    to wait for are there.
 
-    Raises ConfigError when Ray does not start or answer.
+    `say` is told who is there, `on_event` of starts, checkpoints, finished pieces and failures (RayRuntime).
+
+    Raises ConfigError when Ray does not start or answer, nodes do not come, or not all of them see the store.
     """
     if c.address is None:
         protect_private_cluster()
+    from cvdd_ray.runner.nodes import gather
     from cvdd_ray.runner.runtime import RayRuntime
 
-    return RayRuntime(c)
+    runtime = RayRuntime(c, on_event)
+    try:
+        gather(c, store, say)
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
 
 
 def protect_private_cluster() -> None:

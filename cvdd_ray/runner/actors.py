@@ -3,32 +3,38 @@
 numpy travels, never torch tensors: a torch tensor in a call is pickled and copied, an array is not.
 """
 
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
-from cvdd_ray.core.committee import Ballot, Voter
+from cvdd_ray.core.committee import Ballot, Committee, LocalCommittee
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.committee import RayCommittee
+from cvdd_ray.runner.measured import CheckpointStore, CountedCommittee, IdleShare, MeasuredVoter
 from cvdd_ray.stages.grouptask import GroupTask, VoterSettings, run_group
-from cvdd_ray.stages.runtime import local_committee, local_voter
+from cvdd_ray.stages.runtime import local_voter
 
 
 class ExpertActor:
     """One backbone on one device; stateless but for its weights, so Ray may restart it at any moment."""
 
-    def __init__(self, spec: ExpertSpec, voter: VoterSettings, threads: int):
+    def __init__(self, spec: ExpertSpec, voter: VoterSettings, threads: int, mailbox: Any = None):
         self._spec, self._settings, self._threads = spec, voter, threads
-        self._voter: Voter | None = None
+        self._voter: MeasuredVoter | None = None
+        if mailbox is not None:
+            tell(mailbox, "actor_started", f"expert {spec.name}", ray.get_runtime_context().get_actor_id())
 
     def vote(self, views_GBCHW: np.ndarray, labels_GB: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (gradient, cross-entropy per group, BN term per group) as float32 arrays."""
         device = prepare_torch(self._threads)
         if self._voter is None:  # built here and not in __init__, so that its errors reach the caller as themselves
-            self._voter = local_voter(self._spec, self._settings, device)
+            voter = local_voter(self._spec, self._settings, device)
+            self._voter = MeasuredVoter(self._spec.name, voter, IdleShare(self._spec.name))
         ballot = Ballot(
             torch.from_numpy(np.array(views_GBCHW)).to(device), torch.from_numpy(np.array(labels_GB)).to(device)
         )
@@ -43,13 +49,12 @@ class Coordinator:
         self._committee, self._store, self._mailbox = RayCommittee(experts), store, mailbox
         self._threads = threads
         self._device = torch.device("cpu")
+        tell(mailbox, "actor_started", "coordinator", ray.get_runtime_context().get_actor_id())
 
     def run_group(self, name: str, task: GroupTask) -> bytes:
         """Finish one group and return its final state; several calls may run at once, each in its own thread."""
         prepare_torch(self._threads)
-        return run_group(
-            self._committee, task, self._store, self._device, lambda report: self._mailbox.put.remote(name, report)
-        )
+        return _run_group(self._committee, name, task, self._store, self._device, self._mailbox)
 
 
 class ColocatedWorker:
@@ -59,27 +64,57 @@ class ColocatedWorker:
         self, experts: Mapping[str, ExpertSpec], voter: VoterSettings, store: Store, mailbox: Any, threads: int
     ):
         self._threads, self._device = threads, prepare_torch(threads)
-        self._committee = local_committee(experts, voter, self._device)
+        idle = IdleShare("all")
+        self._committee = LocalCommittee(
+            {name: MeasuredVoter(name, local_voter(spec, voter, self._device), idle) for name, spec in experts.items()}
+        )
         self._store, self._mailbox = store, mailbox
+        tell(mailbox, "actor_started", "worker", ray.get_runtime_context().get_actor_id())
 
     def run_group(self, name: str, task: GroupTask) -> bytes:
         """Finish one group and return its final state."""
         prepare_torch(self._threads)
-        return run_group(
-            self._committee, task, self._store, self._device, lambda report: self._mailbox.put.remote(name, report)
-        )
+        return _run_group(self._committee, name, task, self._store, self._device, self._mailbox)
+
+
+def _run_group(
+    committee: Committee, name: str, task: GroupTask, store: Store, device: torch.device, mailbox: Any
+) -> bytes:
+    """Finish one group, count what it does, and keep the driver informed."""
+    work = ray.get_runtime_context().get_task_id()
+    tell(mailbox, "group_started", name, work, jobs=len(task.jobs), iterations=task.settings.iterations)
+    return run_group(
+        CountedCommittee(committee, len(task.jobs)),
+        task,
+        CheckpointStore(
+            store, lambda seconds, size: tell(mailbox, "checkpoint", name, work, took_s=round(seconds, 3), bytes=size)
+        ),
+        device,
+        lambda report: mailbox.put.remote(name, report),
+    )
+
+
+def tell(mailbox: Any, event: str, what: str, work: str, **facts: Any) -> None:
+    """Tell the driver of an event: `what` it happened to, and Ray's id of the actor or task, which it keeps when it is
+    started again after a failure."""
+    mailbox.tell.remote({"event": event, "what": what, "work": work, "host": socket.gethostname(), **facts})
 
 
 class Mailbox:
-    """Progress reports from workers to the driver: the latest of every piece of work."""
+    """What workers tell the driver: the latest report of every piece of work, and all events in between."""
 
     def __init__(self):
         self._reports: dict[str, dict] = {}
+        self._events: list[dict] = []
 
     def put(self, name: str, report: dict) -> None:
         self._reports[name] = report
 
-    def take(self) -> dict[str, dict]:
-        """Return and forget what has arrived since the last call."""
-        reports, self._reports = self._reports, {}
-        return reports
+    def tell(self, event: dict) -> None:
+        self._events.append(event)
+
+    def take(self) -> tuple[dict[str, dict], list[dict]]:
+        """Return and forget the reports and events that have arrived since the last call."""
+        taken = self._reports, self._events
+        self._reports, self._events = {}, []
+        return taken

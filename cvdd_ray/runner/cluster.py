@@ -4,15 +4,20 @@ import logging
 import math
 import os
 import socket
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.errors import ConfigError
 
 # Results of up to 2 MiB travel inside the call: about 3 times faster than through the object store.
 INLINE_BYTES = 2 << 20
+ASK_S = 1.0
+PATIENCE_S = 10.0  # a lost node that Ray or the autoscaler starts again at once is not given up
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,14 @@ def connect(c: RuntimeConfig) -> bool:
             **common,
         )
         return True
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         if private:
             raise ConfigError(f"runtime: Ray did not start ({first}); or set runtime.engine=local") from None
         raise ConfigError(
-            f"runtime.address: no Ray cluster at {c.address!r} ({first}); start one with `ray start --head`, or leave "
-            f"--address out to use this machine"
+            f"runtime.address: no Ray cluster at {c.address!r} ({first}); start one with `ray start --head`, give its "
+            f"token if it has one (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token), or leave --address out to "
+            f"use this machine"
         ) from None
 
 
@@ -101,8 +107,8 @@ def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
     """Return what each of `num_actors` long-lived actors asks for, so that all of them can be placed at once.
 
     With GPUs: at most one each, else the largest fraction of which enough fit on the cards. Without: their threads, or
-    an equal part of the cores; nothing in a private cluster, where idle experts would keep later tasks from running. In
-    a placement group: an equal part of a bundle.
+    the largest part of a node's cores of which enough fit; nothing in a private cluster, where idle experts would keep
+    later tasks from running. In a placement group: an equal part of a bundle.
     Raises ConfigError when `gpus_per_actor` asks for more than fits.
     """
     if bundles := worker_bundles():
@@ -111,7 +117,7 @@ def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
     gpus = places_with("GPU")
     if gpus and c.gpus_per_actor != 0:
         num_gpus = c.gpus_per_actor or 1.0 / math.ceil(num_actors / sum(gpus))
-        if sum(_fitting(amount, num_gpus) for amount in gpus) < num_actors:
+        if _fitting("GPU", gpus, num_gpus) < num_actors:
             raise ConfigError(
                 f"runtime.gpus_per_actor: {num_gpus:g} GPU for each of {num_actors} actors does not fit on "
                 f"{sum(gpus):g} GPUs; lower it, use 0 for CPU, or leave it out"
@@ -121,9 +127,35 @@ def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
         raise ConfigError(f"runtime.gpus_per_actor: {c.gpus_per_actor:g} asked for, the cluster has no GPU; use 0")
     if c.address is None:
         return Share(0.0, 0.0)
-    cpus = places_with("CPU")
-    fraction = math.floor(1000 * 0.9 * sum(cpus) / num_actors) / 1000
-    return Share(min(float(c.threads_per_actor), fraction, max(cpus)), 0.0)
+    free = [0.9 * amount for amount in places_with("CPU")]
+    shares = {float(c.threads_per_actor), *(amount / k for amount in free for k in range(1, num_actors + 1))}
+    shares = {math.floor(1000 * share) / 1000 for share in shares if share <= c.threads_per_actor}
+    return Share(max(share for share in shares if _fitting("CPU", free, share) >= num_actors), 0.0)
+
+
+def outgrown(
+    c: RuntimeConfig, share: Share, num_actors: int, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], bool]:
+    """Return a question to be asked again and again: have `num_actors` with this share lacked places for PATIENCE_S,
+    because nodes have left, where smaller shares of what is left would fit?
+
+    Shares that the user has set, and those of placement groups, wait for nodes to come back.
+    """
+    kind, each = ("GPU", share.num_gpus) if share.num_gpus else ("CPU", share.num_cpus)
+    lacking_since, asked = math.inf, -math.inf
+
+    def lack_places() -> bool:
+        nonlocal lacking_since, asked
+        now = clock()
+        if now - asked >= ASK_S:
+            asked, places = now, places_with(kind)
+            lacking = bool(places) and _fitting(kind, places, each) < num_actors
+            lacking_since = min(lacking_since, now) if lacking else math.inf
+        return now - lacking_since >= PATIENCE_S
+
+    if not each or worker_bundles() or (kind == "GPU" and c.gpus_per_actor):
+        return lambda: False
+    return lack_places
 
 
 def task_share(c: RuntimeConfig) -> Share:
@@ -152,18 +184,13 @@ def student_share(c: RuntimeConfig, num_workers: int) -> tuple[Share, int]:
         return Share(0.0, 1.0), max(1, places // num_workers)
     cpus, most = places_with("CPU"), float(c.threads_per_actor)
     parts = [most, *(math.floor(1000 * amount / n) / 1000 for amount in cpus for n in range(1, num_workers + 1))]
-    fitting = (part for part in parts if part <= most and _places(cpus, part) >= num_workers)
+    fitting = (part for part in parts if part <= most and _fitting("CPU", cpus, part) >= num_workers)
     num_cpus = max(fitting, default=most)
-    return Share(num_cpus, 0.0), max(1, _places(cpus, num_cpus) // num_workers)
+    return Share(num_cpus, 0.0), max(1, _fitting("CPU", cpus, num_cpus) // num_workers)
 
 
-def _places(cpus: list[float], num_cpus: float) -> int:
-    """Return how many workers with `num_cpus` cores each fit on nodes with so many cores."""
-    return sum(int(amount / num_cpus) for amount in cpus)
-
-
-def _fitting(amount: float, share: float) -> int:
-    """Return how many shares fit on a node with `amount` whole GPUs; a fraction never spans two cards."""
-    if share > 1:
-        return int(amount // share)
-    return int(amount) * int(1.0 / share + 1e-9)
+def _fitting(kind: str, places: Iterable[float], share: float) -> int:
+    """Return how many shares of a resource fit on places with so much of it; a part of a GPU never spans two cards."""
+    if kind == "GPU" and share <= 1:
+        return sum(int(amount) * int(1.0 / share + 1e-9) for amount in places)
+    return sum(int(amount / share + 1e-9) for amount in places)

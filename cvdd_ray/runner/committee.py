@@ -8,6 +8,7 @@ import ray
 import torch
 
 from cvdd_ray.core.committee import Ballot, Vote
+from cvdd_ray.runner.metrics import record
 
 
 class RayCommittee:
@@ -17,11 +18,14 @@ class RayCommittee:
         self._experts = dict(experts)
 
     def vote(self, ballots: Mapping[str, Ballot]) -> dict[str, Vote]:
-        votes_ref = {
-            name: self._experts[name].vote.remote(ballot.views_GBCHW.cpu().numpy(), ballot.labels_GB.cpu().numpy())
-            for name, ballot in ballots.items()
-        }
+        votes_ref = {}
+        for name, ballot in ballots.items():
+            question = ballot.views_GBCHW.cpu().numpy(), ballot.labels_GB.cpu().numpy()
+            votes_ref[name] = self._experts[name].vote.remote(*question)
+            record("cvdd_wire_bytes", sum(part.nbytes for part in question), direction="views", expert=name)
         answers = dict(zip(votes_ref, ray.get(list(votes_ref.values())), strict=True))
+        for name, answer in answers.items():
+            record("cvdd_wire_bytes", sum(part.nbytes for part in answer), direction="gradients", expert=name)
         return {
             name: Vote(*(torch.from_numpy(np.array(part)).to(ballots[name].views_GBCHW.device) for part in answer))
             for name, answer in answers.items()

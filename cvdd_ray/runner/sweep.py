@@ -15,9 +15,10 @@ from cvdd_ray.data.artifacts import Artifacts, first_difference, source_stores
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
-from cvdd_ray.recipes import dump_config, with_settings, without_place
+from cvdd_ray.recipes import dump_config, with_settings, without_login, without_place
 from cvdd_ray.runner.cluster import connect, disconnect, places_with
 from cvdd_ray.runner.leases import lease_desk, leased
+from cvdd_ray.runner.nodes import gather
 from cvdd_ray.runner.runtime import RayRuntime, mendable
 from cvdd_ray.runner.search import LOGGERS, SCHEDULERS, SEARCHERS, param_space, perturb_epochs, quiet_tune
 from cvdd_ray.runner.sweepdisplay import DisplayCallback, SweepDisplay
@@ -55,23 +56,33 @@ def sweep(
     reuse: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
+    on_event: Callable[[str, dict], None] = lambda event, facts: None,
     verbose: bool = False,
 ) -> tune.ResultGrid:
     """Run a sweep below `out`, or continue the one that is there, and return Tune's results.
 
     Stages that no swept setting changes are made once, before the trials; finished stages of other runs or sweeps named in
-    `reuse` are taken over where they are the same. Results: results.parquet, best.yaml, final.json, report/.
+    `reuse` are taken over where they are the same. `on_event` is told of failures and more in the shared stages (RayRuntime).
+    Results: results.parquet, best.yaml, final.json, report/.
 
     Raises ConfigError for settings that cannot work (before anything starts), ArtifactError when `out` holds another
     sweep and `overwrite` is off, and the first trial's error when all trials fail.
     """
     progress = progress or Silent()
+    weights = [(f"committee.weights.{name}", source) for name, source in config.committee.weights.items()]
+    places = [
+        ("out", str(out)),
+        ("data.path", config.data.path or ""),
+        *weights,
+        *(("--reuse", root) for root in reuse),
+    ]
+    for name, place in places:
+        if place != without_login(place):
+            raise ConfigError(
+                f"{name}: {without_login(place)} was given with credentials, which would end up in Ray Tune's files; leave "
+                f"them to the standard chain (AWS_ACCESS_KEY_ID, profiles, roles)"
+            )
     store, sources = Store(out), source_stores(reuse)
-    if store.has_secrets:
-        raise ConfigError(
-            f"out: {store.display('').rstrip('/')} was given with credentials, which would end up in Ray Tune's files; leave "
-            f"them to the standard chain (AWS_ACCESS_KEY_ID, profiles, roles)"
-        )
     base = config.run_config()
     first = Run(base, Artifacts(store, variants=True), progress=progress)
     _refuse_another(config, store, overwrite)
@@ -86,7 +97,8 @@ def sweep(
     try:
         if not verbose:
             quiet_tune()
-        runtime = RayRuntime(config.runtime) if config.runtime.engine == "ray" else LocalRuntime()
+        gather(config.runtime, store, progress.say)
+        runtime = RayRuntime(config.runtime, on_event) if config.runtime.engine == "ray" else LocalRuntime()
         artifacts = Artifacts(store, variants=True, sources=sources, exclusive=partial(leased, lease_desk(store)))
         run_of = partial(run_beside, base, first.real, artifacts=artifacts, runtime=runtime, progress=progress)
         _check_room(config, base)

@@ -14,7 +14,7 @@ from cvdd_ray.config import RunConfig
 from cvdd_ray.core.experts import ExpertSpec
 from cvdd_ray.data.artifacts import Artifacts, Manifest, StagePlan, Written
 from cvdd_ray.data.datasets import DatasetInfo
-from cvdd_ray.data.shards import assemble_shard, shard_tasks, written_set
+from cvdd_ray.data.shards import shard_tasks, written_set
 from cvdd_ray.data.sources import RealData, load_real
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
@@ -189,19 +189,21 @@ class StageWork:
         )  # fmt: skip
 
     def image_set(
-        self, base: str, ipc: int, where: Mapping[tuple[int, int], tuple[str, int]], about: Mapping[str, Any]
+        self, base: str, ipc: int, write: Callable[..., bytes], shared: tuple, about: Mapping[str, Any]
     ) -> tuple[dict[str, Written], str]:
-        """Put an image set together from pieces, one file or several side by side, and return what to commit and the content
-        hash. `where` says which record batch of which piece holds (image index, first class of a run of classes)."""
+        """Write an image set, one file or several side by side, and return what to commit and the content hash.
+
+        `write(task, store, classes, metadata, *shared, report)` writes the image indices of one file (data/shards.py).
+        """
         run, size = self.run, self.run.info.image_size
         metadata = {"dataset": run.info.name, "mean": run.info.mean, "std": run.info.std, "ipc": ipc, **about}
-        tasks = shard_tasks(self.partial, base, ipc, len(run.classes) * 3 * size**2, where)
+        tasks = shard_tasks(self.partial, base, ipc, len(run.classes) * 3 * size**2)
         items = {f"{name}.receipt": task for name, task in tasks.items()}
-        shared = (run.store, run.classes, metadata)
+        shared = (run.store, run.classes, metadata, *shared)
         if len(items) == 1:
-            receipts = {name: assemble_shard(task, *shared, report=None) for name, task in items.items()}
+            receipts = {name: write(task, *shared, report=None) for name, task in items.items()}
         else:
-            receipts = self.each(assemble_shard, items, shared, doing=f"write {base} images")
+            receipts = self.each(write, items, shared, doing=f"write {base} images")
         return written_set(tasks, {name: receipts[f"{name}.receipt"] for name in tasks})
 
     def commit(self, files: Mapping[str, bytes | Written], **facts: Any) -> Manifest:
@@ -209,7 +211,8 @@ class StageWork:
 
     def _collect(self, items, sizes, unit, doing, start) -> dict[str, bytes]:
         store, progress = self.run.store, self.run.progress
-        results = {name: store.read(self._name(name)) for name in items if store.exists(self._name(name))}
+        there = set(store.names(self.partial))
+        results = {name: store.read(self._name(name)) for name in items if self._name(name) in there}
         todo = {name: item for name, item in items.items() if name not in results}
         shares = dict.fromkeys(results, 1.0)
         notes: dict[str, tuple] = {}

@@ -18,7 +18,7 @@ from cvdd_ray.core.students import Curve, StudentSettings, StudentTraining, trai
 from cvdd_ray.core.training import accuracy
 from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
-from cvdd_ray.data.shards import open_labels, shard_files
+from cvdd_ray.data.shards import label_files, open_labels
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
@@ -38,7 +38,7 @@ class Arm:
     images_NCHW: np.ndarray
     labels_N: np.ndarray
     content: str
-    label_files: tuple[str, ...]
+    label_files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,14 @@ def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
             LABEL_SETS[label_set].images if label_set else (f"initialize/ipc{ipc}", RANDOM, "initialize")
         )
         images = load_image_set(run, stage.format(ipc=ipc), file, verb)
-        label_files: tuple[str, ...] = ()
+        arm_labels: dict[str, str] = {}
         if label_set:
             label_stage = f"relabel/ipc{ipc}/{label_set}"
             labelled = run.require(label_stage, "relabel")
             inputs[label_stage] = labelled.content
-            label_files = tuple(run.artifacts.verify(labelled, name) for name in shard_files(labelled.files, LABELS))
+            arm_labels = label_files(run.artifacts, labelled, LABELS)
         inputs[f"images/{name}"] = images.content()
-        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), label_files)
+        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), arm_labels)
     return arms, inputs
 
 

@@ -1,13 +1,14 @@
 """initialize: starting images from patches of real ones (RDED), and the random real images they are compared with.
 
-Patches are scored image by image, as a stream: only losses are kept, and the crops that are chosen are drawn again. Rows of
-every image set are ordered by image index, then by class.
+Real images are read in the order they are stored, twice at most: once to score crops, of which only losses are kept, once
+to cut those that were chosen. So a set of any size passes through as a stream. Rows of every image set are ordered by image
+index, then by class.
 """
 
 import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,9 @@ from cvdd_ray.core.keys import generator
 from cvdd_ray.core.patches import mosaic_ranks, noise_image, observer_losses, random_patches, rank_window, tile
 from cvdd_ray.data.artifacts import Manifest
 from cvdd_ray.data.datasets import DatasetInfo, denormalize, normalize
+from cvdd_ray.data.images import RealImages
 from cvdd_ray.data.imagesets import ImageSet, image_table
-from cvdd_ray.data.shards import cuts, load_images, write_piece
+from cvdd_ray.data.shards import ShardTask, cuts, load_images, read_batches, write_piece, write_shard
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run, StageWork
@@ -29,8 +31,12 @@ from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.real import SMALL, split_for_workers
 
 START, RANDOM = "start", "random"
-MAX_PIECES = 100  # a piece of work is a run of classes: one class each up to 100 of them
-BLOCK = 64  # images whose crops are in memory at once
+KINDS = (START, RANDOM)
+MAX_PIECES = 100  # pieces of work that reading is divided into
+BLOCK = 64  # images whose crops are in memory at once; fewer make no piece
+CUT_SCHEMA = pa.schema([("label", pa.int32()), ("cell", pa.int32()), ("pixels", pa.binary())])
+
+Images = np.ndarray | RealImages  # uint8 stack (N, C, S, S), or decoded on demand
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,19 @@ class Patching:
     info: DatasetInfo
 
 
+@dataclass(frozen=True, order=True)
+class Cut:
+    """One thing to take from real image `index`: crop number `crop` (None: the whole image), as cell `cell` of image
+    `image_index` of its class in the set `kind`."""
+
+    index: int
+    kind: str
+    image_index: int
+    label: int
+    cell: int = 0
+    crop: int | None = None
+
+
 def initialize(run: Run, ipc: int) -> Manifest:
     """Make `initialize/ipc<n>`: start.arrow (starting images) and random.arrow (random real images), n per class; large
     sets as several files.
@@ -71,28 +90,17 @@ def initialize(run: Run, ipc: int) -> Manifest:
     found = run.artifacts.finished(plan)
     if found is not None:
         return found
-    runs = cuts(len(run.classes), -(-len(run.classes) // MAX_PIECES))
-    everything = class_items(run, ipc)
-    items = {f"classes{of.start:05d}": everything[of.start : of.stop] for of in runs}
     patching = Patching(c, ipc, factor, run.config.seed, run.info)
+    classes = class_items(run, ipc)
     images = split_for_workers(run.real.train, run.info)[0]
     with run.stage(plan, f"initialize ipc {ipc}") as work:
         if work is None:
             return run.artifacts.manifest(plan.stage)
-        losses = score_patches(work, items, images, patching, specs[observer]) if specs else {}
-        pieces = {
-            name: (classes, [losses[item.label] for item in classes] if specs else None, work.piece(name))
-            for name, classes in items.items()
-        }
-        work.each(start_piece, pieces, (images, patching, run.store), doing="choose and write")
+        losses = score_patches(work, classes, images, patching, specs[observer]) if specs else None
+        pieces = cut_images(work, chosen_cuts(classes, losses, patching), images, patching)
         files, contents = {}, {}
-        for kind, base in enumerate((START, RANDOM)):
-            where = {
-                (i, classes[0].label): (work.piece(name), 2 * i + kind)
-                for name, classes in items.items()
-                for i in range(ipc)
-            }
-            of_set, contents[base] = work.image_set(base, ipc, where, {"kind": base})
+        for kind in KINDS:
+            of_set, contents[kind] = work.image_set(kind, ipc, tile_shard, (pieces, patching), {"kind": kind})
             files |= of_set
         return work.commit(files, content=contents)
 
@@ -143,41 +151,44 @@ def class_items(run: Run, ipc: int) -> list[ClassImages]:
 
 
 def score_patches(
-    work: StageWork, items: dict[str, list[ClassImages]], images, patching: Patching, observer: ExpertSpec
+    work: StageWork, classes: Sequence[ClassImages], images: Images, patching: Patching, observer: ExpertSpec
 ) -> dict[int, np.ndarray]:
     """Return per label the rows (loss, crop number) of the best crop of every scored image, float64 (images, 2)."""
+    places = sorted((int(index), one.label, at) for one in classes for at, index in enumerate(one.scored))
+    items = {f"losses{number:05d}": places[cut.start : cut.stop] for number, cut in enumerate(portions(len(places)))}
     scored = work.stream(
-        read_crops, Scorer, {f"{name}-losses": classes for name, classes in items.items()}, (images, patching, observer),
-        stream=not isinstance(images, np.ndarray), doing="score patches",
+        read_crops, Scorer, items, (images, patching, observer), stream=not isinstance(images, np.ndarray),
+        doing="score patches",
     )  # fmt: skip
-    losses = {}
-    for name, classes in items.items():
-        rows = np.load(io.BytesIO(scored[f"{name}-losses"]), allow_pickle=False)
-        for item in classes:
-            own = rows[rows[:, 0] == item.label]
-            losses[item.label] = own[np.argsort(own[:, 1])][:, 2:]
-    return losses
+    rows = np.concatenate([np.load(io.BytesIO(data), allow_pickle=False) for data in scored.values()])
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    ends = np.cumsum([len(one.scored) for one in classes])
+    return {one.label: own[:, 2:] for one, own in zip(classes, np.split(rows, ends[:-1]), strict=True)}
+
+
+def portions(num_images: int) -> list[range]:
+    """Return 0..num_images divided into pieces of work: at most 100, of at least a block."""
+    return cuts(num_images, max(BLOCK, -(-num_images // MAX_PIECES)))
 
 
 def read_crops(
-    classes: list[ClassImages], images, patching: Patching, observer: ExpertSpec
+    places: Sequence[tuple[int, int, int]], images: Images, patching: Patching, observer: ExpertSpec
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the crops of the scored images in blocks: label, position in the class's list, crops (n, M, C, P, P)."""
-    places = [(item.label, position, int(index)) for item in classes for position, index in enumerate(item.scored)]
+    """Yield the crops of images at (index, label, position in the class's list) in blocks: label, position and crops
+    (n, M, C, P, P)."""
     for block in cuts(len(places), BLOCK):
-        rows = [places[at] for at in block]
-        crops = np.stack([crops_of(images, index, label, patching).numpy() for label, _, index in rows])
+        rows = places[block.start : block.stop]
         yield {
-            "label": np.array([label for label, _, _ in rows]),
-            "position": np.array([position for _, position, _ in rows]),
-            "crops": crops,
+            "label": np.array([label for _, label, _ in rows]),
+            "position": np.array([position for _, _, position in rows]),
+            "crops": np.stack([crops_of(images, index, label, patching).numpy() for index, label, _ in rows]),
         }
 
 
 class Scorer:
     """The observer, ready to score blocks of crops: every image by itself, so that no result depends on its neighbours."""
 
-    def __init__(self, images, patching: Patching, observer: ExpertSpec):
+    def __init__(self, images: Images, patching: Patching, observer: ExpertSpec):
         self._device, self._size = work_device(), patching.info.image_size
         self._observer = observer.build(self._device)
 
@@ -192,7 +203,7 @@ class Scorer:
         return np.array(rows, np.float64)
 
 
-def crops_of(images, index: int, label: int, patching: Patching) -> Tensor:
+def crops_of(images: Images, index: int, label: int, patching: Patching) -> Tensor:
     """Return the random crops (M, C, P, P) of one real image, a function of (seed, label, index)."""
     pixels = images[index] if isinstance(images, np.ndarray) else images.read(index).transpose(2, 0, 1)
     image_CHW = normalize(torch.from_numpy(np.array(pixels))[None], patching.info)[0]
@@ -201,52 +212,95 @@ def crops_of(images, index: int, label: int, patching: Patching) -> Tensor:
     return random_patches(image_CHW, patching.c.num_crops, patch_size, draw)
 
 
-# ------------------------------------------------------------------------------------------------- starting images
+# ------------------------------------------------------------------------------------------------- cutting and tiling
 
 
-def start_piece(
-    item: tuple[list[ClassImages], list[np.ndarray] | None, str], images, patching: Patching, store: Store,
-    report: Callable[[dict], None],
-) -> bytes:  # fmt: skip
-    """Write the piece of a run of classes: of every image index the starting images, then the random real ones."""
-    classes, losses, piece = item
-    pixels = []
-    for done, one in enumerate(classes):
-        if patching.c.method == "patches":
-            start = patch_images(one, losses[done], images, patching)
-        elif patching.c.method == "real":
-            start = whole_images(images, one.scored[: patching.ipc], patching.info)
-        else:
-            size = patching.info.image_size
-            noise = [noise_image(patching.seed, i, one.label, size) for i in range(patching.ipc)]
-            start = denormalize(torch.stack(noise), patching.info).numpy()
-        pixels.append(np.stack([start, whole_images(images, one.random, patching.info)], 1))
-        report({"done": (done + 1) / (len(classes) + 1)})
-    labels = np.array([one.label for one in classes])
-    tables = [
-        image_table(ImageSet(rows, labels, (), {"image_index": pa.array([i] * len(labels), pa.int32())}))
-        for i, kinds in enumerate(np.stack(pixels, 2))
-        for rows in kinds
-    ]
-    write_piece(store, piece, tables)
-    return json.dumps({"images": len(tables) * len(labels)}).encode()
-
-
-def patch_images(one: ClassImages, losses: np.ndarray, images, patching: Patching) -> np.ndarray:
-    """Return (ipc, C, S, S) uint8: the best crop of every scored image, sorted by loss, a rank window of them, tiled."""
-    ranks = np.argsort(losses[:, 0], kind="stable")
-    window = rank_window(len(ranks), patching.ipc * patching.factor**2, patching.c.difficulty)
-    chosen = []
-    for rank in window:
-        position = ranks[rank]
-        crops_MCPP = crops_of(images, int(one.scored[position]), one.label, patching)
-        chosen.append(crops_MCPP[int(losses[position, 1])])
-    size = patching.info.image_size
+def chosen_cuts(classes: Iterable[ClassImages], losses: dict[int, np.ndarray] | None, patching: Patching) -> list[Cut]:
+    """Return what the sets are made of, in storage order: of the best crops of every class, sorted by loss, a rank window,
+    dealt to the cells of its images; and the whole random images."""
+    c, wanted = patching.c, []
     mosaics = mosaic_ranks(patching.ipc, patching.factor)
-    tiled = [tile([chosen[rank] for rank in ranks], patching.factor, size) for ranks in mosaics]
-    return denormalize(torch.stack(tiled), patching.info).numpy()
+    for one in classes:
+        if c.method == "patches":
+            rows = losses[one.label]
+            ranks = np.argsort(rows[:, 0], kind="stable")
+            ranks = ranks[list(rank_window(len(ranks), patching.ipc * patching.factor**2, c.difficulty))]
+            wanted += [
+                Cut(int(one.scored[ranks[rank]]), START, i, one.label, cell, int(rows[ranks[rank], 1]))
+                for i, cells in enumerate(mosaics)
+                for cell, rank in enumerate(cells)
+            ]
+        elif c.method == "real":
+            wanted += [Cut(int(index), START, i, one.label) for i, index in enumerate(one.scored[: patching.ipc])]
+        wanted += [Cut(int(index), RANDOM, i, one.label) for i, index in enumerate(one.random)]
+    return sorted(wanted, key=lambda cut: (cut.index, cut.kind, cut.image_index, cut.label, cut.cell))
 
 
-def whole_images(images, indices: np.ndarray, info: DatasetInfo) -> np.ndarray:
-    """Return (n, C, S, S) uint8 real images as the test transform shows them."""
-    return images[indices] if isinstance(images, np.ndarray) else images.subset(indices).stack(info.image_size)
+def cut_images(work: StageWork, wanted: Sequence[Cut], images: Images, patching: Patching) -> list[str]:
+    """Take what is wanted from the real images; return the pieces with it, whose record batches are those of `batch_of`."""
+    items = {
+        f"cuts{number:05d}": (wanted[cut.start : cut.stop], work.piece(f"cuts{number:05d}"))
+        for number, cut in enumerate(portions(len(wanted)))
+    }
+    work.each(cut_piece, items, (images, patching, work.run.store), doing="cut patches")
+    return [piece for _, piece in items.values()]
+
+
+def batch_of(kind: str, image_index: int, ipc: int) -> int:
+    """Return which record batch of a piece of cuts is for this image index of this set."""
+    return KINDS.index(kind) * ipc + image_index
+
+
+def cut_piece(
+    item: tuple[Sequence[Cut], str], images: Images, patching: Patching, store: Store, report: Callable[[dict], None]
+) -> bytes:
+    """Write the piece of some cuts: per set and image index a batch of pixels with label and cell."""
+    wanted, piece = item
+    rows: dict[int, list[tuple[int, int, bytes]]] = {batch: [] for batch in range(len(KINDS) * patching.ipc)}
+    for done, (index, of_image) in enumerate(groupby(wanted, key=lambda cut: cut.index), 1):
+        crops = None
+        for cut in of_image:
+            if cut.crop is None:
+                pixels = whole_image(images, index, patching.info)
+            else:
+                crops = crops_of(images, index, cut.label, patching) if crops is None else crops
+                pixels = denormalize(crops[cut.crop][None], patching.info)[0].numpy()
+            rows[batch_of(cut.kind, cut.image_index, patching.ipc)].append((cut.label, cut.cell, pixels.tobytes()))
+        if done % BLOCK == 0:
+            report({"done": min(1.0, done / len(wanted))})
+    columns = [list(zip(*batch, strict=True)) or [(), (), ()] for batch in rows.values()]
+    write_piece(store, piece, [pa.table(list(map(pa.array, batch, CUT_SCHEMA.types)), CUT_SCHEMA) for batch in columns])
+    return b"{}"
+
+
+def tile_shard(
+    task: ShardTask, store: Store, classes: Sequence[str], metadata: dict, pieces: Sequence[str], patching: Patching,
+    report: Callable[[dict], None] | None,
+) -> bytes:  # fmt: skip
+    """Write one file of starting or random images from the pieces of cuts; return its receipt."""
+    kind, size = metadata["kind"], patching.info.image_size
+    is_tiled = kind == START and patching.c.method == "patches"
+    factor = patching.factor if is_tiled else 1
+    tables = []
+    for i in task.indices:
+        if kind == START and patching.c.method == "noise":
+            noise = [noise_image(patching.seed, i, label, size) for label in range(len(classes))]
+            pixels = denormalize(torch.stack(noise), patching.info).numpy()
+        else:
+            cells = cells_of(store, [(piece, batch_of(kind, i, patching.ipc)) for piece in pieces], size // factor)
+            cells_KFCPP = cells.reshape(len(classes), factor**2, *cells.shape[1:])
+            pixels = np.stack([tile(torch.from_numpy(mine), factor, size).numpy() for mine in cells_KFCPP])
+        index = pa.array([i] * len(classes), pa.int32())
+        tables.append(image_table(ImageSet(pixels, np.arange(len(classes)), (), {"image_index": index})))
+    return write_shard(store, task.name, pa.concat_tables(tables), classes, metadata)
+
+
+def cells_of(store: Store, batches: Iterable[tuple[str, int]], side: int) -> np.ndarray:
+    """Return the pixels (cells, C, P, P) of record batches of pieces, ordered by label and cell."""
+    table = pa.Table.from_batches(read_batches(store, batches)).sort_by([("label", "ascending"), ("cell", "ascending")])
+    return np.stack([np.frombuffer(data.as_buffer(), np.uint8).reshape(3, side, side) for data in table["pixels"]])
+
+
+def whole_image(images: Images, index: int, info: DatasetInfo) -> np.ndarray:
+    """Return one real image (C, S, S) uint8 as the test transform shows it."""
+    return images[index] if isinstance(images, np.ndarray) else images.subset([index]).stack(info.image_size)[0]

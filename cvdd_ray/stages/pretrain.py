@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,9 @@ from cvdd_ray.core.models import (
 )
 from cvdd_ray.core.training import PretrainSettings, accuracy, pretrain_expert
 from cvdd_ray.data.artifacts import StagePlan, sha256
+from cvdd_ray.data.cache import local_copy
 from cvdd_ray.data.datasets import DatasetInfo
+from cvdd_ray.data.remote import is_uri, without_secrets
 from cvdd_ray.errors import ConfigError, CvddError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.real import SMALL, Split, split_for_workers, test_batches, train_batches
@@ -108,7 +111,8 @@ def check_networks(run: Run) -> None:
 def given_weights(run: Run, name: str) -> bytes | None:
     """Return the configured weights of an expert as safetensors bytes, None if it is to be trained.
 
-    Read here, once, so that workers on other machines need no file.  Raises DataError that names the setting.
+    Read here, once, so that workers on other machines need no file; an s3:// URI comes through the local cache.  Raises
+    DataError that names the setting.
     """
     source = run.config.committee.weights.get(name)
     if source is None:
@@ -116,7 +120,10 @@ def given_weights(run: Run, name: str) -> bytes | None:
     with torch.random.fork_rng(devices=[]):
         model = build_model(name, run.info.num_classes, run.info.image_size, width=run.config.committee.width)
     try:
-        load_weights(model, source, name=name)
+        if is_uri(source):
+            load_weights(model, without_secrets(source), name=name, content=Path(local_copy(source)).read_bytes())
+        else:
+            load_weights(model, source, name=name)
     except CvddError as error:
         raise type(error)(f"committee.weights.{name}: {error}") from None
     return save_weights(model)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cvdd_ray.core.synthesis import Job, SynthesisSettings
 from cvdd_ray.data.artifacts import Written
 from cvdd_ray.data.datasets import pixel_bounds
-from cvdd_ray.data.shards import per_shard, shard_files
+from cvdd_ray.data.shards import assemble_shard, per_shard, shard_files
 from cvdd_ray.stages.context import Run, StageWork
 from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts, StoredStarts, VoterSettings
 from cvdd_ray.stages.initialize import START
@@ -116,17 +116,24 @@ def distill(
     }
     voter = VoterSettings(run.config.synthesize.bn_weight, run.config.synthesize.first_bn_multiplier)
     traces = work.distill(tasks, specs, voter, doing=doing)
-    about = {"kind": "distilled", "config": run.config.model_dump(mode="json", exclude={"runtime", "storage"})}
+    place = {
+        "runtime": True,
+        "storage": True,
+        "data": {"path"},
+        "committee": {"weights"},
+    }  # equal bytes wherever it ran
+    about = {"kind": "distilled", "config": run.config.model_dump(mode="json", exclude=place)}
     result = {}
     for base in sets:
         own = {title: group for title, (owner, group) in groups.items() if owner == base}
-        where = {
-            (job.image_index, job.labels[0]): (work.piece(title), j)
+        found = sorted(
+            (job.image_index, job.chunk, (work.piece(title), j))
             for title, group in own.items()
             for j, job in enumerate(group)
-        }
+        )
+        where = {i: [place for index, _, place in found if index == i] for i in range(ipc)}
         trace = [tuple(row) for title in own for row in json.loads(traces[title])]
-        result[base] = (*work.image_set(base, ipc, where, about), trace)
+        result[base] = (*work.image_set(base, ipc, assemble_shard, (where,), about), trace)
     return result
 
 

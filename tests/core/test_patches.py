@@ -1,6 +1,7 @@
 """Starting patches: ranks and tiles by hand and by numpy, scores by formula, at most one patch per real image."""
 
 import itertools
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,19 @@ from torch.nn import functional as F
 from cvdd_ray.config import InitializeConfig
 from cvdd_ray.core.patches import mosaic_ranks, observer_losses, random_patches, rank_window, tile
 from cvdd_ray.data.datasets import DatasetInfo
-from cvdd_ray.stages.initialize import ClassImages, Patching, Scorer, patch_images, read_crops
+from cvdd_ray.data.imagesets import read_image_set
+from cvdd_ray.data.shards import ShardTask
+from cvdd_ray.data.storage import Store
+from cvdd_ray.stages.initialize import (
+    START,
+    ClassImages,
+    Patching,
+    Scorer,
+    chosen_cuts,
+    cut_piece,
+    read_crops,
+    tile_shard,
+)
 
 INFO = DatasetInfo("toy", 2, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 1, 2)
 
@@ -129,12 +142,20 @@ def starting(levels, ipc, factor, difficulty="easy", seed=0, num_crops=3):
 
 
 def scored_and_chosen(images, patching):
-    """Starting images of class 1, as the stage makes them: losses of every image's crops first, then the chosen crops."""
+    """Starting images of class 1 of 2, as the stage makes them: losses of all crops first, then the chosen crops."""
     one = ClassImages(1, np.arange(len(images)), np.array([], int))
     scorer = Scorer(images, patching, OBSERVER)
-    rows = np.concatenate([scorer(block) for block in read_crops([one], images, patching, OBSERVER)])
+    places = [(index, 1, index) for index in range(len(images))]
+    rows = np.concatenate([scorer(block) for block in read_crops(places, images, patching, OBSERVER)])
     assert rows[:, :2].tolist() == [[1, position] for position in range(len(images))]
-    return patch_images(one, rows[:, 2:], images, patching)
+    with tempfile.TemporaryDirectory() as folder:
+        store, report = Store(folder), lambda report: None
+        cuts = chosen_cuts([one], {1: rows[:, 2:]}, patching)
+        for name, part in (("a", cuts[: len(cuts) // 2]), ("b", cuts[len(cuts) // 2 :])):
+            cut_piece((part, name), images, patching, store, report)
+        task = ShardTask("set", range(patching.ipc))
+        tile_shard(task, store, ("bright",), {"kind": START, "ipc": patching.ipc}, ["a", "b"], patching, report)
+        return read_image_set(store.read("set"), "set").images_NCHW
 
 
 def cell_levels(image, factor):

@@ -228,7 +228,7 @@ def test_what_is_not_a_label_file_is_refused():
 def test_a_student_refuses_labels_of_other_images(tmp_path):
     store = Store(str(tmp_path))
     store.write("relabel/ipc1/distilled/labels.arrow", as_file([label_batch(made_up(0))], images="a" * 64))
-    arm = evaluate.Arm(pixels(20), np.arange(20) % CLASSES, "b" * 64, ("relabel/ipc1/distilled/labels.arrow",))
+    arm = evaluate.Arm(pixels(20), np.arange(20) % CLASSES, "b" * 64, {"relabel/ipc1/distilled/labels.arrow": ""})
     with pytest.raises(ArtifactError, match=r"labels image set a{12}"):
         run_student(arm, store)
 

@@ -12,7 +12,7 @@ from cvdd_ray.core.experts import ExpertSpec
 from cvdd_ray.core.models import build_seeded, save_weights
 from cvdd_ray.errors import ConfigError, DataError, NumericsError
 from cvdd_ray.runner.actors import ExpertActor
-from cvdd_ray.runner.cluster import Share, expert_share, task_share
+from cvdd_ray.runner.cluster import Share, expert_share, outgrown, task_share
 from cvdd_ray.runner.committee import RayCommittee
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.grouptask import VoterSettings
@@ -64,6 +64,8 @@ def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ra
             for victim in victims:
                 ray.kill(victim, no_restart=False)
 
+    events = []
+    monkeypatch.setattr(ray_runtime, "_on_event", lambda event, facts: events.append((event, facts)))
     spread, coordinators = ray_runtime._spread, []
     monkeypatch.setattr(ray_runtime, "_spread", lambda *a: coordinators.extend(spread(*a)) or coordinators)
     run = Run(make_config(synthesize={"iterations": 40}), str(tmp_path / "disturbed"), runtime=ray_runtime)
@@ -85,6 +87,9 @@ def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ra
     initialize(calm, 2)
     synthesize(calm, 2)
     assert len(killed) == 3
+    assert sorted(facts["what"] for event, facts in events if event == "failure") == [
+        "coordinator", "expert resnet18", "expert shufflenet_v2",
+    ]  # fmt: skip
     assert run.artifacts.manifest("synthesize/ipc2").content == calm.artifacts.manifest("synthesize/ipc2").content
 
 
@@ -196,6 +201,37 @@ class TestShares:
         assert expert_share(make_config().runtime, 5).num_cpus == 0.0
         assert expert_share(make_config(runtime={"address": "auto"}).runtime, 5).num_cpus == 1.0
         assert expert_share(make_config(runtime={"address": "auto"}).runtime, 10).num_cpus == 0.72
+
+    @pytest.mark.parametrize(("nodes", "actors"), [((1, 1), 3), ((2, 2), 5), ((1, 3), 5), ((8,), 3), ((1, 1, 1), 3)])
+    def test_cpu_experts_all_find_a_node(self, monkeypatch, make_config, nodes, actors):
+        self.have(monkeypatch, *({"CPU": float(cores)} for cores in nodes))
+        share = expert_share(make_config(runtime={"address": "auto", "threads_per_actor": 2}).runtime, actors).num_cpus
+        assert 0 < share <= 2
+        assert sum(int(cores / share) for cores in nodes) >= actors
+        half_more = sum(int(cores / (1.5 * share)) for cores in nodes)
+        assert half_more < actors or share == 2, "a good deal more would have fitted, too"
+
+    def test_lost_nodes_are_waited_for_and_then_done_without(self, monkeypatch, make_config):
+        """Three experts on three nodes with one core each; one node leaves for 9 s, then for good."""
+        c, now = make_config(runtime={"address": "auto"}).runtime, 0.0
+        self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0})
+        lack_places = outgrown(c, expert_share(c, 3), 3, clock=lambda: now)
+        answers = []
+        for now, nodes in ((0, 3), (5, 2), (14, 2), (15, 3), (20, 2), (29, 2), (30, 2)):  # noqa: B007 - the clock
+            self.have(monkeypatch, *({"CPU": 1.0} for _ in range(nodes)))
+            answers.append(lack_places())
+        assert answers == [False] * 6 + [True]
+        assert expert_share(c, 3).num_cpus == 0.45
+
+    def test_lost_gpus_are_waited_for_where_others_cannot_do(self, monkeypatch, make_config):
+        c, now = make_config().runtime, 0.0
+        set_by_user = make_config(runtime={"gpus_per_actor": 1}).runtime
+        self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0, "GPU": 2.0})
+        asked = [outgrown(this, expert_share(this, 2), 2, clock=lambda: now) for this in (c, set_by_user)]
+        times = ((1, 1.0, [False, False]), (20, 1.0, [True, False]), (30, 0.0, [False, False]))
+        for now, gpus, answers in times:  # noqa: B007 - the clock
+            self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0, "GPU": gpus})
+            assert [lack_places() for lack_places in asked] == answers
 
     def test_tasks_get_their_threads_but_no_more_than_a_node_has(self, monkeypatch, make_config):
         self.have(monkeypatch, {"CPU": 8.0}, {"CPU": 2.0})
