@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 from cvdd_ray.core.experts import prepare_torch
 from cvdd_ray.core.workers import Workers
 from cvdd_ray.errors import CvddError
+from cvdd_ray.runner.actors import tell
 from cvdd_ray.runner.cluster import Share
 
 # Read when ray.train is imported: its second version also where that is not yet the default, and relative paths of the
@@ -43,9 +44,9 @@ class WorkerGroups:
         Raises the CvddError of any rank, Ray Train's WorkerGroupError when the workers were lost too often, and RayActorError
         when Ray Train's own actor was.
         """
-        me = ray.get_runtime_context().current_actor
-        work = partial(_work, function, item, name, shared_refs, me, mailbox, self._threads)
-        mailbox.put.remote(name, {"note": f"{name}: waiting for {self._num_workers} workers"})
+        context = ray.get_runtime_context()
+        me, call = context.current_actor, context.get_task_id()
+        work = partial(_work, function, item, name, shared_refs, me, mailbox, call, self._threads)
         with tempfile.TemporaryDirectory() as unused:  # Ray Train wants a place for checkpoints
             trainer = TorchTrainer(
                 work,
@@ -75,17 +76,16 @@ class WorkerGroups:
 
 
 def _work(
-    function: Callable, item: Any, name: str, shared_refs: Sequence[Any], groups: Any, mailbox: Any, threads: int
-):
-    """One worker of an item: set torch up, run, leave the result or the error with the group's actor."""
-    tell = {"concurrency_group": "tell"}
-    if ray.get(groups.has_failed.options(**tell).remote(name)):
+    function: Callable, item: Any, name: str, shared_refs: Sequence[Any], groups: Any, mailbox: Any, call: str, threads: int
+) -> None:  # fmt: skip
+    """One worker of an item: set torch up, run, leave the result or the error with the actor over the workers."""
+    beside = {"concurrency_group": "tell"}  # answered while others run
+    if ray.get(groups.has_failed.options(**beside).remote(name)):
         return  # started again after an error that would only come again
     prepare_torch(threads)
-    context = train.get_context()
+    context, place = train.get_context(), ray.util.get_current_placement_group()
     workers = Workers(context.get_world_rank(), context.get_world_size())
-
-    place = ray.util.get_current_placement_group()
+    tell(mailbox, "actor_started", f"worker {workers.rank} of {name}", f"{call}/{workers.rank}")
 
     def report(said: dict) -> None:
         if workers.rank == 0:
@@ -95,7 +95,7 @@ def _work(
     try:
         result = function(item, *ray.get(list(shared_refs)), workers=workers, report=report)
     except CvddError as error:
-        ray.get(groups.fail.options(**tell).remote(name, error))
+        ray.get(groups.fail.options(**beside).remote(name, error))
         raise
     if workers.rank == 0:
-        ray.get(groups.keep.options(**tell).remote(name, result))
+        ray.get(groups.keep.options(**beside).remote(name, result))

@@ -53,8 +53,11 @@ def row_of(config, store, runtime):
 def test_a_lost_worker_costs_nothing_but_time(make_config, labelled, tmp_path, ray_runtime, monkeypatch):
     """Worker 1 is killed after half of the epochs. All go on from the last checkpoint, to the bits of two undisturbed
     processes; they differ from one process's by rounding."""
-    marker, log, given, reports = tmp_path / "killed", tmp_path / "log", {}, []
+    marker, log, given, failures = tmp_path / "killed", tmp_path / "log", {}, []
     train = ray_runtime.train
+    monkeypatch.setattr(
+        ray_runtime, "_on_event", lambda event, facts: failures.append(facts) if event == "failure" else None
+    )
 
     def disturbed(function, items, shared, num_workers, on_report):
         def dying(task, *rest, workers, report):
@@ -69,7 +72,7 @@ def test_a_lost_worker_costs_nothing_but_time(make_config, labelled, tmp_path, r
             return function(task, *rest, workers=workers, report=last_words)
 
         given.update(items=items, shared=shared)
-        return train(dying, items, shared, num_workers, lambda name, report: reports.append(report))
+        return train(dying, items, shared, num_workers, on_report)
 
     monkeypatch.setattr(ray_runtime, "train", disturbed)
     two = row_of(config_of(make_config, workers=2), labelled, ray_runtime)
@@ -77,7 +80,8 @@ def test_a_lost_worker_costs_nothing_but_time(make_config, labelled, tmp_path, r
     done = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("1")]
     assert done[:3] == [1, 2, 3]
     assert done[3:] in ([4, 5, 6], [3, 4, 5, 6])  # worker 0 has or has not kept the third epoch
-    assert "waiting for 2 workers" in reports[0]["note"]
+    assert {facts["kind"] for facts in failures} == {"actor_restarted"}
+    assert {facts["what"][:8] for facts in failures} == {"worker 0", "worker 1"}
     assert not [name for name in labelled.names("evaluate") if "partial" in name]
 
     ((_, task),) = given["items"].items()
@@ -149,12 +153,14 @@ def groups(monkeypatch):
     monkeypatch.setattr(dataparallel.ray.util, "get_current_placement_group", lambda: "place")
     calls = {name: Called(getattr(plain, name)) for name in ("keep", "fail", "has_failed")}
     said = []
-    mailbox = SimpleNamespace(put=Called(lambda name, report: said.append((name, report))))
+    mailbox = SimpleNamespace(
+        put=Called(lambda name, report: said.append((name, report))), tell=Called(lambda event: None)
+    )
     return SimpleNamespace(plain=plain, rank=rank, actor=SimpleNamespace(**calls), mailbox=mailbox, said=said)
 
 
 def work(groups, function):
-    dataparallel._work(function, "item", "name", ["shared"], groups.actor, groups.mailbox, 1)
+    dataparallel._work(function, "item", "name", ["shared"], groups.actor, groups.mailbox, "call", 1)
 
 
 def test_the_first_worker_alone_reports_and_leaves_the_result(groups):
