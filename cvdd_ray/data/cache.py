@@ -4,7 +4,6 @@ The cache is $CVDD_RAY_CACHE, else cvdd_ray in $XDG_CACHE_HOME or ~/.cache; it m
 what was used longest ago goes first. It can be removed at any time.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import pyarrow as pa
+from filelock import FileLock
 
 from cvdd_ray.data.remote import PARTS_AT_ONCE, Remote, without_secrets
 from cvdd_ray.data.s3 import PART_BYTES
@@ -124,10 +124,9 @@ def _use(path: Path) -> bool:
 
 @contextmanager
 def _locked(root: Path, number: int) -> Iterator[None]:
-    """Be the only process with this number inside; entering waits for others."""
+    """Be the only one with this number inside, among all threads and processes; entering waits for others."""
     (root / "locks").mkdir(parents=True, exist_ok=True)
-    with open(root / "locks" / str(number), "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(root / "locks" / str(number)):
         yield
 
 

@@ -79,7 +79,7 @@ _ROW_OF_SOURCE = {
 def dataset_info(data: DataConfig) -> DatasetInfo:
     """Constants for the configured source, before any file is looked at.
 
-    `folder` and `parquet` take the row `data.dataset`; without one they get ImageNet statistics, `num_classes` 0
+    `folder`, `parquet` and `webdataset` take the row `data.dataset`; without one they get ImageNet statistics, `num_classes` 0
     (the source is asked later) and `image_size` from the config. `data.image_size` overrides a row's; when that
     moves a row across 64 px, its roll becomes the usual one of that side (4 up to 64 px, 32 above).
 

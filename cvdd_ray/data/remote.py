@@ -2,6 +2,7 @@
 
 import io
 import re
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -97,9 +98,11 @@ class Remote:
             self.s3.put(path, stream, size)
             return
         stream.seek(0)
-        with self.filesystem.open_output_stream(path) as target:
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # closing completes a file, also after an error
+        with self.filesystem.open_output_stream(temporary) as target:
             while part := stream.read(PART_BYTES):
                 target.write(part)
+        self.filesystem.move(temporary, path)
 
     def copy(self, there: str, here: str) -> None:
         """Copy a file inside this object store."""
