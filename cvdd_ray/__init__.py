@@ -74,8 +74,8 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
 def sweep(config: SweepConfig, out: str, **options):
     """Run the sweep of `config` (from `load_sweep`) below `out`, or continue it, and return Ray Tune's ResultGrid.
 
-    `options`: `reuse` (directories of runs or sweeps whose finished stages are taken over), `overwrite`, `verbose`, and
-    `progress`. Raises CvddError's kinds.
+    `options`: `reuse` (directories of runs or sweeps whose finished stages are taken over), `overwrite`, `verbose`,
+    `progress` and `on_event`. Raises CvddError's kinds.
     """
     if config.runtime.address is None:
         from cvdd_ray.runner import protect_private_cluster

@@ -165,7 +165,7 @@ class RayRuntime:
                 for k, (name, task) in enumerate(tasks.items())
             }
             sizes = {name: len(task.jobs) for name, task in tasks.items()}
-            stage = next(iter(tasks.values())).checkpoint.split("/")[0]
+            stage = stage_of(next(iter(tasks.values())).checkpoint)
             until = outgrown(self._c, *self._asked)
             yield from self._results(waiting, on_report, Work(stage, "jobs", sizes), until)
         finally:
@@ -291,6 +291,11 @@ def _work(function: Callable, items: Mapping[str, Any]) -> Work:
 def _remote(plain: type, share: Share, **options: Any):
     """Return the actor class of a plain class, restarted for ever."""
     return ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, **RESTARTED, **options)(plain)
+
+
+def stage_of(checkpoint: str) -> str:
+    """Return the stage that a checkpoint is for, by where it lies: its stage's folder, in a sweep's `stages`."""
+    return checkpoint.removeprefix("stages/").split("/")[0]
 
 
 def mendable(error: Exception) -> Exception:

@@ -11,7 +11,10 @@ from collections import Counter
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cvdd_ray.data.artifacts import Artifacts, StagePlan
+from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.metrics import METRICS, record
+from cvdd_ray.runner.runtime import stage_of
 
 # Runs in a process of its own, with a Ray of its own: every phase is begun by a line on stdin and ends with one on stdout.
 WATCHED = """
@@ -194,6 +197,12 @@ def test_the_table_is_what_may_be_recorded():
     with pytest.raises(KeyError):
         record("cvdd_unheard_of", 1)
     assert all(name.startswith("cvdd_") and not name.endswith("_total") for name in METRICS)
+
+
+def test_the_stage_of_a_checkpoint(tmp_path):
+    plan = StagePlan("synthesize/ipc2", {}, {}, ("cat",), 0)
+    for variants in (False, True):  # a run, a sweep
+        assert stage_of(Artifacts(Store(tmp_path), variants=variants).partial(plan)) == "synthesize"
 
 
 def test_the_idle_share_is_what_was_not_spent_voting(monkeypatch):
