@@ -12,8 +12,8 @@ from cvdd_ray.recipes import dump_config
 
 REPOSITORY = Path(__file__).parent.parent
 VERBS = [
-    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "show", "share", "export", "recipes",
-    "schema",
+    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "plan", "show", "share", "export",
+    "recipes", "schema",
 ]  # fmt: skip
 
 
@@ -79,6 +79,22 @@ def test_run_show_and_single_verbs(cvdd, tiny_yaml, tmp_path):
     assert (tmp_path / "hub" / "README.md").read_text().startswith("---\nlicense: mit\n")
 
 
+def test_plan_prints_tables_or_json(cvdd, tiny_yaml, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = sorted(tmp_path.iterdir())
+    code, out, err = cvdd("plan", tiny_yaml, "--gpus-per-node", "2", "--gpu", "l4", "--utilization", "0.1")
+    assert code == 0, err
+    assert "10.0% of the 30.3 TFLOP/s" in out
+    assert "synthesize/ipc2" in out
+    code, out, err = cvdd("plan", tiny_yaml, "--json", "--set", "synthesize.iterations=12")
+    assert code == 0, err
+    planned = json.loads(out)
+    made = next(stage for stage in planned["stages"] if stage["stage"] == "synthesize/ipc2")
+    assert made["counts"]["iterations"] == 24
+    assert (planned["speed"], planned["totals"]["wall_hours"]) == (None, None)
+    assert sorted(tmp_path.iterdir()) == there
+
+
 def test_recipes_and_schema(cvdd):
     code, out, _ = cvdd("recipes")
     assert code == 0
@@ -116,6 +132,15 @@ BAD = [
     (["sweep", "tune_configs/demo.yaml", "--reuse"], "--reuse"),
     (["sweep", "tune_configs/demo.yaml", "--reuse=/no/such/run"], "/no/such/run has no finished stage"),
     (["run", "digits-demo", "--reuse=/no/such/run"], "/no/such/run has no finished stage"),
+    (["plan", "nope"], "neither packaged nor a file"),
+    (["plan", "cifar10", "--gpu", "h1000"], "known are t4, v100"),
+    (["plan", "folder224"], "give --classes"),
+    (["plan", "folder224", "--classes", "20"], "give --train-images"),
+    (["plan", "digits-demo", "--nodes", "0"], "--nodes 0: give at least 1"),
+    (["plan", "digits-demo", "--nodes", "many"], "'many'"),
+    (["plan", "digits-demo", "--utilization", "0.5"], "share of the peak of --gpu"),
+    (["plan", "digits-demo", "--calibrate", "--flops-per-s", "1e12"], "give one of them"),
+    (["plan", "digits-demo", "--classes", "7"], "digits has 10"),
     (["synthesize"], "give a recipe"),
     (["run"], "RECIPE_OR_YAML"),
     (["fly"], "fly"),

@@ -11,6 +11,7 @@ import typer
 import cvdd_ray
 from cvdd_ray import cli
 from cvdd_ray.recipes import load_config
+from cvdd_ray.stages.speeds import GPUS
 from cvdd_ray.sweepconfig import load_sweep
 
 REPOSITORY = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def test_every_verb_of_the_table_exists_and_none_is_missing():
     rows = re.findall(r"^\| `cvdd (.*?)\|", README, re.M)
     named = set(
         re.findall(
-            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|show|share|export|recipes|schema)\b",
+            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|plan|show|share|export|recipes|schema)\b",
             " ".join(rows),
         )
     )
@@ -81,6 +82,36 @@ def test_every_file_of_the_tree_exists_and_none_is_missing():
     named = set(re.findall(r"\b([a-z0-9_]+\.py)\b", tree)) - {"run.py"}
     there = {path.name for path in (REPOSITORY / "cvdd_ray").rglob("*.py")} - {"__init__.py"}
     assert named == there
+
+
+def test_the_table_of_sizes_is_what_plan_says():
+    """GPUs, jobs for the one with most, balance, busy, hours of three stages and of all, and those of all at 9 %."""
+    recipe, changes = "imagenet1k-ipc10", ["runtime.gpus_per_actor=1"]
+    assert f"cvdd plan {recipe} --set {changes[0]} --gpu h100" in README
+    rows = re.findall(r"^\| (\d+) \| (\d+) \|(.*)\|$", README.split("## How large a run is")[1], re.M)
+    assert [int(gpus) for gpus, _, _ in rows] == [1, 8, 64]
+    for gpus, most, cells in rows:
+        machines = {"nodes": max(1, int(gpus) // 8), "gpus_per_node": min(8, int(gpus)), "gpu": "h100"}
+        planned = cvdd_ray.plan(load_config(recipe, changes), **machines)
+        slower = cvdd_ray.plan(load_config(recipe, changes), **machines, utilization=0.09)
+        made, labels, students = (
+            planned.stage(name) for name in ("synthesize/ipc10", "relabel/ipc10/distilled", "evaluate/ipc10")
+        )
+        assert int(most) == -(-made.counts["jobs"] // int(gpus))
+        assert [cell.strip() for cell in cells.split("|")] == [
+            f"{made.balance:.0%}", f"{made.busy:.0%}",
+            *(f"{hours:.2g}" for hours in (made.wall_hours, labels.wall_hours, students.wall_hours, planned.wall_hours)),
+            f"{slower.wall_hours:.2g}",
+        ]  # fmt: skip
+
+
+def test_the_utilization_of_the_published_code_is_what_plan_says():
+    """8.2 s per image of 4,000 iterations on a card with 82.6 TFLOP/s."""
+    made = cvdd_ray.plan(load_config("imagenet1k-ipc10")).stage("synthesize/ipc10")
+    per_view = made.flops / made.counts["image_views"]
+    sustained = per_view * 4000 / 8.2
+    assert f"4,000 x {per_view / 1e9:.1f} GFLOP" in README
+    assert f"{sustained / 1e12:.1f} TFLOP/s, {sustained / GPUS['rtx4090'].flops_per_s:.1%}" in README
 
 
 def test_recipes_named_in_the_text_exist():

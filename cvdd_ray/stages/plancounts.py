@@ -76,7 +76,7 @@ def count_pretrain(run: Run) -> StageCount:
             flops += step.flops * len(train) * c.pretrain.epochs // c.pretrain.batch_size
             batch, moments = max(batch, c.pretrain.batch_size), 2 if c.pretrain.optimizer == "adam" else 1
             peak = max(peak, step.peak_bytes + moments * trained)
-        units.append({OTHER: flops})
+        units.append({name: flops})
         on_gpu.append(stored + peak)
     weights = sum(weight_bytes(network)[0] for network in networks.values())
     splits = split_bytes(run, train, holdout)
@@ -103,8 +103,9 @@ def count_prior(run: Run) -> StageCount:
     units, label_gpu = [], 0
     for name in c.committee.experts:
         teacher = forward_cost(expert(run, name))
-        labels = epochs * num_images * (teacher.flops + views)
-        units += [{OTHER: labels + learning.flops}] * c.prior.seeds
+        unit = {OTHER: 2 * epochs * num_images * views, name: epochs * num_images * teacher.flops}
+        unit[c.prior.student] = unit.get(c.prior.student, 0) + learning.flops
+        units += [unit] * c.prior.seeds
         label_gpu = max(label_gpu, teacher_bytes(call, teacher, run.info) + weight_bytes(expert(run, name))[0])
     pixels = set_bytes(run, c.prior.ipc)
     on_gpu = network_input_bytes(pixels) + max(learning.gpu, label_gpu)
@@ -139,7 +140,7 @@ def count_initialize(run: Run, ipc: int) -> StageCount:
     phases = [Phase([{} for _ in pieces], per_gpu, reading + max(2 * cropped, writing))]  # cut, and write the files
     if scored:
         crop = forward_cost(observer)
-        units = [{OTHER: len(portion) * c.num_crops * crop.flops} for portion in portions(scored)]
+        units = [{observer.name: len(portion) * c.num_crops * crop.flops} for portion in portions(scored)]
         on_gpu = crop.peak_bytes * c.num_crops + weight_bytes(observer)[0]
         phases.append(Phase(units, per_gpu, reading + 2 * cropped, on_gpu))
     return StageCount(
@@ -173,11 +174,12 @@ def count_relabel(run: Run, ipc: int, label_set: str) -> StageCount:
     spans, sharded = label_spans(c.epochs, num_images, info.num_classes)
     call = images_per_call(run, num_images)
     teachers = [forward_cost(network) for network in networks]
-    per_image = sum(cost.flops for cost in teachers) + view_flops(info.image_size)
+    per_image = {network.name: cost.flops for network, cost in zip(networks, teachers, strict=True)}
+    per_image[OTHER] = view_flops(info.image_size)
     weights = sum(weight_bytes(network)[0] for network in networks)
     written = c.epochs * label_bytes(num_images, info.num_classes)
     pixels = set_bytes(run, ipc)
-    units = [{OTHER: len(span) * num_images * per_image} for span in spans]
+    units = [{name: len(span) * num_images * flops for name, flops in per_image.items()} for span in spans]
     holding = pixels + weights + 8 * num_images * info.num_classes  # 8: logits of an epoch, as made and as stored
     on_gpu = network_input_bytes(pixels) + weights + max(teacher_bytes(call, cost, info) for cost in teachers)
     return StageCount(
@@ -217,7 +219,9 @@ def count_evaluate(run: Run, ipc: int) -> StageCount:
     c, num_images = run.config.evaluate, ipc * run.info.num_classes
     epochs, arms = run.config.student_epochs, [OURS, *c.baselines]
     each = [count_student(run, name, num_images, epochs, len(run.real.test)) for name in c.students]
-    units = [{OTHER: one.flops} for _ in range(c.seeds) for one in each for _ in arms]
+    views = epochs * num_images * view_flops(run.info.image_size)
+    students = [{name: one.flops, OTHER: views} for name, one in zip(c.students, each, strict=True)]
+    units = [student for _ in range(c.seeds) for student in students for _ in arms]
     pixels = set_bytes(run, ipc)
     holding = pixels + max(one.worker for one in each)
     on_gpu = network_input_bytes(pixels) + max(one.gpu for one in each)

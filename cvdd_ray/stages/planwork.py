@@ -22,14 +22,14 @@ TRACE_ROW_BYTES = 70  # JSON
 LISTING_BYTES = 150  # of a real image that is read on demand: path, label, fingerprint (114 in memory, 61 on the wire)
 PLACE_BYTES = 250  # of an image to score, as Python objects
 
-OTHER = "other"  # whatever is computed beside the votes of experts
+OTHER = "views"  # what is computed by no network
 OWN = 1  # the manifest
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Work that is spread over GPUs: what every unit costs, as FLOPs by network (experts' votes) and `OTHER`; a unit is
-    never divided. `per_gpu` processes share a GPU; each takes `worker_bytes` on its host and, unit by unit, `gpu_bytes` on
+    """Work that is spread over GPUs: what every unit costs, as FLOPs by network and `OTHER` for views; a unit is never
+    divided. `per_gpu` processes share a GPU; each takes `worker_bytes` on its host and, unit by unit, `gpu_bytes` on
     its GPU (the same for all if it is one number), without GPUs both on the host."""
 
     units: Sequence[Mapping[str, int]]
@@ -108,7 +108,8 @@ def tasks_per_gpu(run: Run) -> int:
 
 @dataclass(frozen=True)
 class StudentCount:
-    """One student: FLOPs, optimiser steps, tests, bytes on the host and on the GPU besides the images it learns from."""
+    """One student: FLOPs without those of views, optimiser steps, tests, bytes on the host and on the GPU besides the images
+    it learns from."""
 
     flops: int
     steps: int
@@ -125,9 +126,8 @@ def count_student(run: Run, name: str, num_images: int, epochs: int, num_tested:
     step, testing = training_cost(network, micro), forward_cost(network)
     tests = sum(s.is_tested(epoch) for epoch in range(epochs))
     stored, trained = weight_bytes(network)
-    flops = epochs * num_images * (step.flops // micro + view_flops(info.image_size))
     return StudentCount(
-        flops + tests * num_tested * testing.flops,
+        epochs * num_images * step.flops // micro + tests * num_tested * testing.flops,
         epochs * len(batch_starts(num_images, s.batch_size)),
         tests,
         6 * num_images * info.num_classes + 2 * TEST_BATCH * FLOAT * info.image_bytes,

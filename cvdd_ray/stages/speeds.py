@@ -49,16 +49,16 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True)
 class Speed:
-    """Sustained FLOP/s of one GPU (or of what stands in its place), where the number comes from, and what experts' votes
+    """Sustained FLOP/s of one GPU (or of what stands in its place), where the number comes from, and what single networks
     reach where that was measured."""
 
     flops_per_s: float
     source: str
-    of_expert: Mapping[str, float] = field(default_factory=dict)
+    of_network: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Mapping[str, int]) -> float:
         """Return how long one GPU takes for FLOPs by network."""
-        return sum(flops / self.of_expert.get(name, self.flops_per_s) for name, flops in work.items())
+        return sum(flops / self.of_network.get(name, self.flops_per_s) for name, flops in work.items())
 
 
 def known_gpu(name: str) -> Gpu:
@@ -83,12 +83,12 @@ def assumed_speed(gpu: str, utilization: float) -> Speed:
 def measured_speed(calls: Mapping[str, tuple[Network, int, int]], threads: int) -> Speed:
     """Measure votes on this machine's device: experts by name with the groups and images per group of their largest call.
 
-    Random weights; on a device that would take too long the call has fewer images.  The speed for everything else is that
-    of one vote by each, taken together.
+    Random weights; on a device that would take too long the call has fewer images.  What an expert reaches in votes is taken
+    for all of its network's work; for other work what all reach together.
     """
     device = prepare_torch(threads)
     flops = seconds = 0.0
-    of_expert, said = {}, []
+    of_network, said = {}, []
     for name, (network, num_groups, group_images) in calls.items():
         model = build_seeded(name, network.num_classes, network.image_size, width=network.width, seed=0).to(device)
         voter = Voter(model, bn_weight=0.01, first_bn_multiplier=10.0)
@@ -99,14 +99,16 @@ def measured_speed(calls: Mapping[str, tuple[Network, int, int]], threads: int) 
             num_groups, group_images = 1, int(max(TRIAL_IMAGES, min(group_images, affordable)))
         took_s = min(_vote_s(voter, network, num_groups, group_images, device) for _ in range(2))
         cost = vote_cost(network, num_groups, group_images)
-        of_expert[name] = cost.flops / took_s
+        of_network[name] = cost.flops / took_s
         flops, seconds = (
             flops + cost.flops / (num_groups * group_images),
             seconds + took_s / (num_groups * group_images),
         )
-        said.append(f"{name} {of_expert[name] / 1e9:,.0f} GFLOP/s with {num_groups * group_images} images")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, threads_per_actor={threads}"
-    return Speed(flops / seconds, f"votes measured here on {where}: {', '.join(said)}", of_expert)
+        said.append(f"{name} {of_network[name] / 1e9:.3g} GFLOP/s with {num_groups * group_images} images")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    if device.type == "cpu":
+        said.append(f"in the place of a GPU stands a worker with threads_per_actor={threads}")
+    return Speed(flops / seconds, f"votes measured here on {where}: {', '.join(said)}", of_network)
 
 
 def _vote_s(voter: Voter, network: Network, num_groups: int, group_images: int, device: torch.device) -> float:

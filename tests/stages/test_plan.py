@@ -347,8 +347,8 @@ def test_a_measurement_takes_seconds_per_image_and_expert(monkeypatch):
     )
     planned = cifar(calibrate=True)
     votes = {name: vote_cost(Network(name, 10, 32), 5, 10).flops / 50 for name in ("resnet18", "mobilenet_v2")}
-    assert planned.speed.of_expert["resnet18"] == pytest.approx(votes["resnet18"] / 0.01)
-    assert planned.speed.of_expert["mobilenet_v2"] == pytest.approx(votes["mobilenet_v2"] / 0.04)
+    assert planned.speed.of_network["resnet18"] == pytest.approx(votes["resnet18"] / 0.01)
+    assert planned.speed.of_network["mobilenet_v2"] == pytest.approx(votes["mobilenet_v2"] / 0.04)
     assert planned.speed.flops_per_s == pytest.approx(sum(votes.values()) / 0.05)
     views = 2 * view_flops(32) / planned.speed.flops_per_s
     assert planned.stage("synthesize/ipc10").wall_hours * 3600 == pytest.approx(4000 * 100 * (0.01 + 0.04 + views))
@@ -363,8 +363,8 @@ def test_a_measurement_here_takes_fewer_images_where_all_would_take_too_long(mak
     config = make_config(prior={"method": "given", "values": {"resnet18": 1, "shufflenet_v2": 1}})
     monkeypatch.setattr(speeds, "BUDGET_S", 0.01)
     planned = plan(config, calibrate=True, gpus_per_node=2)
-    assert set(planned.speed.of_expert) == {"resnet18", "shufflenet_v2"}
-    assert all(1e5 < value < 1e14 for value in planned.speed.of_expert.values())
+    assert set(planned.speed.of_network) == {"resnet18", "shufflenet_v2"}
+    assert all(1e5 < value < 1e14 for value in planned.speed.of_network.values())
     assert "with 2 images" in planned.speed.source
     assert planned.stage("evaluate/ipc2").useful_gpus == 10  # on a CPU no task takes a part of a core
 
