@@ -4,12 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test dry-run lint format clean
+.PHONY: demo test test-cluster dry-run lint format clean
 demo: $(VENV)/installed  ## distil the bundled digits, 5 to 6 minutes on 2 cores
 	$(BIN)/cvdd run digits-demo --out runs/demo
 
 test: $(VENV)/installed  ## all tests, no GPU or network needed
 	$(BIN)/pytest
+
+test-cluster: $(VENV)/installed  ## three machines in network namespaces; needs root, Linux, sshd and rsync
+	$(BIN)/pytest -m cluster tests/cluster
 
 dry-run: $(VENV)/installed  ## ImageNet-1K's 1,000 classes, jobs and shards with tiny images
 	$(BIN)/python tests/scale/dry_run.py
