@@ -90,7 +90,7 @@ class World:
     def python(self, code: str):
         """Return the JSON that Python code prints on the person's machine."""
         self.dev.path("/root/code.py").write_text(code)
-        return json.loads(self.dev.check("python code.py").strip().splitlines()[-1])
+        return json.loads(self.dev.check("PYTHONPATH=project python code.py").strip().splitlines()[-1])
 
     def join(self, name: str) -> None:
         """Set a new machine up as `ray up` does, by the same file, and let it join."""
@@ -125,7 +125,7 @@ def config() -> RunConfig:
     return tiny_config(
         ipc=[3],
         committee={"experts": EXPERTS},
-        synthesize={"iterations": 300, "checkpoint_every": 20},
+        synthesize={"iterations": 120, "checkpoint_every": 10},
         evaluate={"seeds": 3, "test_every": 2, "baselines": []},
         runtime={"num_cpus": None, "object_store_mb": 512},
     )
