@@ -1,6 +1,7 @@
 """The command line: `cvdd VERB`. Errors a user can mend are one line on stderr and exit code 2."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from cvdd_ray.config import RunConfig
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
-from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names
+from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names, without_login
 
 app = typer.Typer(
     name="cvdd",
@@ -161,7 +162,7 @@ def show(
     for name, path in written.items():
         console.print(f"{name}: {path}", soft_wrap=True)
     if store.s3 is not None:
-        console.print(f"links to them: cvdd share {store.display('').rstrip('/')}", soft_wrap=True)
+        console.print(f"links to them: cvdd share {shlex.quote(without_login(store.root))}", soft_wrap=True)
 
 
 @app.command()

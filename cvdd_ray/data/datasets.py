@@ -3,6 +3,7 @@
 Shapes: N images, C = 3 channels (RGB), H W pixels.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -150,7 +151,9 @@ def network_inputs(
 ) -> "torch.Tensor | Pixels":
     """Return uint8 images (N, 3, S, S) on `device`, to be indexed by a tensor of rows for normalised float32 images:
     normalised beforehand as long as they take at most 1 GiB, with equal bits either way."""
-    pixels = torch.from_numpy(np.array(images)).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of arrays that may not be written to; nothing here writes
+        pixels = torch.from_numpy(images).to(device)  # no copy on the CPU, where workers of a node share one array
     return normalize(pixels, info) if network_input_bytes(pixels.numel()) > pixels.numel() else Pixels(pixels, info)
 
 

@@ -10,6 +10,7 @@ from cvdd_ray.data.datasets import DatasetInfo, dataset_info
 from cvdd_ray.data.images import Arrays, RealImages
 from cvdd_ray.data.sources import RealData, list_real, with_classes
 from cvdd_ray.errors import ConfigError
+from cvdd_ray.recipes import without_login
 
 # Train and test images of the rows of the dataset table, as published (test: the labelled validation split where the test
 # split has no labels).
@@ -69,7 +70,7 @@ def _with_classes(data: DataConfig, info: DatasetInfo, num_classes: int | None) 
 
 
 def _unknown(data: DataConfig, what: str, option: str) -> ConfigError:
-    where = f"data.path {data.path} does not exist here" if data.path else "data.path is not set"
+    where = f"data.path {without_login(data.path)} does not exist here" if data.path else "data.path is not set"
     return ConfigError(
         f"data.source {data.source!r} does not say {what} ({where}); give {option}, or a data.path or data.dataset"
     )

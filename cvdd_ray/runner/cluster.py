@@ -130,7 +130,8 @@ def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
     free = [0.9 * amount for amount in places_with("CPU")]
     shares = {float(c.threads_per_actor), *(amount / k for amount in free for k in range(1, num_actors + 1))}
     shares = {math.floor(1000 * share) / 1000 for share in shares if share <= c.threads_per_actor}
-    return Share(max(share for share in shares if _fitting("CPU", free, share) >= num_actors), 0.0)
+    fitting = (share for share in shares if _fitting("CPU", free, share) >= num_actors)
+    return Share(max(fitting, default=float(c.threads_per_actor)), 0.0)  # without a core: until nodes come
 
 
 def outgrown(

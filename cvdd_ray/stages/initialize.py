@@ -7,8 +7,9 @@ index, then by class.
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from cvdd_ray.core.keys import generator
 from cvdd_ray.core.patches import mosaic_ranks, noise_image, observer_losses, random_patches, rank_window, tile
 from cvdd_ray.data.artifacts import Manifest
 from cvdd_ray.data.datasets import DatasetInfo, denormalize, normalize
-from cvdd_ray.data.images import RealImages
+from cvdd_ray.data.images import THREADS, RealImages
 from cvdd_ray.data.imagesets import ImageSet, image_table
 from cvdd_ray.data.shards import ShardTask, cuts, load_images, read_batches, write_piece, write_shard
 from cvdd_ray.data.storage import Store
@@ -181,7 +182,9 @@ def read_crops(
         yield {
             "label": np.array([label for _, label, _ in rows]),
             "position": np.array([position for _, _, position in rows]),
-            "crops": np.stack([crops_of(images, index, label, patching).numpy() for index, label, _ in rows]),
+            "crops": np.stack(
+                side_by_side(images, lambda row: crops_of(images, row[0], row[1], patching).numpy(), rows)
+            ),
         }
 
 
@@ -256,21 +259,38 @@ def cut_piece(
 ) -> bytes:
     """Write the piece of some cuts: per set and image index a batch of pixels with label and cell."""
     wanted, piece = item
+    by_image = [(index, list(cuts_of)) for index, cuts_of in groupby(wanted, key=lambda cut: cut.index)]
     rows: dict[int, list[tuple[int, int, bytes]]] = {batch: [] for batch in range(len(KINDS) * patching.ipc)}
-    for done, (index, of_image) in enumerate(groupby(wanted, key=lambda cut: cut.index), 1):
-        crops = None
-        for cut in of_image:
-            if cut.crop is None:
-                pixels = whole_image(images, index, patching.info)
-            else:
-                crops = crops_of(images, index, cut.label, patching) if crops is None else crops
-                pixels = denormalize(crops[cut.crop][None], patching.info)[0].numpy()
-            rows[batch_of(cut.kind, cut.image_index, patching.ipc)].append((cut.label, cut.cell, pixels.tobytes()))
-        if done % BLOCK == 0:
-            report({"done": min(1.0, done / len(wanted))})
+    for block in cuts(len(by_image), BLOCK):
+        taken = side_by_side(images, lambda of: take_cuts(images, *of, patching), by_image[block.start : block.stop])
+        for cut, pixels in chain.from_iterable(taken):
+            rows[batch_of(cut.kind, cut.image_index, patching.ipc)].append((cut.label, cut.cell, pixels))
+        report({"done": block.stop / len(by_image)})
     columns = [list(zip(*batch, strict=True)) or [(), (), ()] for batch in rows.values()]
     write_piece(store, piece, [pa.table(list(map(pa.array, batch, CUT_SCHEMA.types)), CUT_SCHEMA) for batch in columns])
     return b"{}"
+
+
+def take_cuts(images: Images, index: int, wanted: Sequence[Cut], patching: Patching) -> list[tuple[Cut, bytes]]:
+    """Return every cut of one real image with its uint8 pixels."""
+    crops, taken = {}, []
+    for cut in wanted:
+        if cut.crop is None:
+            pixels = whole_image(images, index, patching.info)
+        else:
+            crops = crops or dict(enumerate(crops_of(images, index, cut.label, patching)))
+            pixels = denormalize(crops[cut.crop][None], patching.info)[0].numpy()
+        taken.append((cut, pixels.tobytes()))
+    return taken
+
+
+def side_by_side(images: Images, function: Callable, rows: Sequence) -> list:
+    """Return function(row) for every row; images that are read on demand are read several at a time, since a disk far away
+    is mostly waited for."""
+    if isinstance(images, np.ndarray):
+        return [function(row) for row in rows]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, rows))
 
 
 def tile_shard(

@@ -184,7 +184,7 @@ class Hosts:
         names = "".join(f"{NETWORK}.{k} {name}\n" for k, name in enumerate(self._addresses, 1))
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
         for file, text in {
-            "/etc/hosts": f"127.0.0.1 localhost\n{machine.address} {machine.name}\n{names}",
+            "/etc/hosts": f"127.0.0.1 localhost\n{names}",
             "/etc/resolv.conf": "",  # a server that nobody can reach costs seconds at every look-up
             "/etc/ssh/sshd_config": SSHD,
             "/etc/ssh/authorized_keys": (self._folder / "key.pub").read_text(),

@@ -113,7 +113,7 @@ def world(tmp_path_factory):
     try:
         hosts = Hosts(tmp_path_factory.mktemp("hosts"))
     except HostsError as lack:
-        pytest.fail(str(lack), pytrace=False)
+        pytest.exit(str(lack), returncode=1)
     with hosts:
         yield World(hosts)
 
@@ -223,6 +223,14 @@ def test_a_run_takes_three_machines_one_is_lost_in_the_middle_and_nothing_with_i
     assert accuracies(runs) == accuracies(expected_runs)
 
 
+def test_strangers_are_refused(world):
+    """A machine that reaches the head but has not its token gets in nowhere."""
+    code = f"import ray; ray.init('{world.hosts.address('head')}:6379', logging_level='ERROR'); print('got in')"
+    done = world.s3.run(f'RAY_AUTH_MODE=disabled timeout 60 {VENV}/bin/python -c "{code}"')
+    assert done.returncode != 0
+    assert "got in" not in done.stdout
+
+
 def test_jobs(world):
     """Through the tunnel that `ray dashboard` opens: a finished run says so, a mistake is exit code 2."""
     tunnel = world.dev.popen(
@@ -262,6 +270,30 @@ def test_a_new_machine_joins_and_is_used(world, config, alone, tmp_path):
     (manifests, runs), (expected, expected_runs) = read(world, "s3://runs/two"), read_alone(reference)
     assert files_of(manifests) == files_of(expected)
     assert accuracies(runs) == accuracies(expected_runs)
+
+
+def test_a_killed_maker_leaves_no_machine(tmp_path):
+    """Machines end with the process that made them, however that ends."""
+    code = (
+        "import sys; from pathlib import Path; from cluster.hosts import Hosts\n"
+        f"with Hosts(Path({str(tmp_path)!r})) as hosts:\n"
+        "    print(hosts.start('alone').init, flush=True); sys.stdin.read()"
+    )
+    maker = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first_process = Path("/proc", maker.stdout.readline().strip())
+    assert first_process.exists()
+    maker.kill()
+    maker.wait()
+    deadline = time.monotonic() + 10
+    while first_process.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_down(world):
