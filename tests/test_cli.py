@@ -137,7 +137,7 @@ BAD = [
     (["plan", "folder224"], "give --classes"),
     (["plan", "folder224", "--classes", "20"], "give --train-images"),
     (["plan", "digits-demo", "--nodes", "0"], "--nodes 0: give at least 1"),
-    (["plan", "digits-demo", "--nodes", "many"], "'many'"),
+    (["plan", "digits-demo", "--nodes", "many"], "--nodes"),
     (["plan", "digits-demo", "--utilization", "0.5"], "share of the peak of --gpu"),
     (["plan", "digits-demo", "--calibrate", "--flops-per-s", "1e12"], "give one of them"),
     (["plan", "digits-demo", "--classes", "7"], "digits has 10"),
