@@ -61,18 +61,20 @@ def make_weights(root: Path, num_classes: int, size: int) -> dict[str, str]:
     return files
 
 
-def dry_config(root: Path, *, num_classes: int, size: int, ipc: int, per_class: int, iterations: int, epochs: int):
+def dry_config(
+    root: Path, *, num_classes: int, size: int, ipc: int, per_class: int, iterations: int, epochs: int, factor: int = 2
+):
     """Return the recipe imagenet1k-ipc10, small where that changes no count."""
     weights = make_weights(root / "weights", num_classes, size)
     return load_config(
         "imagenet1k-ipc10",
         [
-            f"data={{source: imagenet, path: {root / 'images'}, image_size: {size}, holdout: 0.01}}",
+            f"data={{source: imagenet, path: {root / 'images'}, image_size: {size}, holdout: 0.0005}}",
             f"ipc=[{ipc}]",
             f"committee.experts=[{', '.join(EXPERTS)}]",
             f"committee.weights={json.dumps(weights)}",
             "prior.values={shufflenet_v2: 43.73, mobilenet_v2: 39.15}",
-            f"initialize={{images_per_class: {per_class - 1}, num_crops: 1}}",
+            f"initialize={{images_per_class: {per_class - 1}, num_crops: 1, factor: {factor}}}",
             f"synthesize.iterations={iterations}",
             f"relabel={{epochs: {epochs}, teachers: [shufflenet_v2]}}",
             "evaluate={students: [shufflenet_v2], epochs: 1, seeds: 1, baselines: []}",
@@ -170,7 +172,7 @@ def dry_run(root: Path, *, listed: int = 0, **numbers) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("num-classes", 1000), ("size", 72), ("ipc", 10), ("per-class", 46), ("listed", 1281), ("iterations", 2), ("epochs", 30),
+        ("num-classes", 1000), ("size", 72), ("ipc", 10), ("per-class", 46), ("listed", 1281), ("iterations", 2), ("epochs", 30), ("factor", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     numbers = vars(parser.parse_args())
