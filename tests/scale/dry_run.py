@@ -172,7 +172,8 @@ def dry_run(root: Path, *, listed: int = 0, **numbers) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("num-classes", 1000), ("size", 72), ("ipc", 10), ("per-class", 46), ("listed", 1281), ("iterations", 2), ("epochs", 30), ("factor", 2),
+        ("num-classes", 1000), ("size", 72), ("ipc", 10), ("per-class", 46), ("listed", 1281), ("iterations", 2), ("epochs", 30),
+        ("factor", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     numbers = vars(parser.parse_args())
