@@ -142,7 +142,7 @@ def test_counts_are_those_of_the_run(finished):
     assert made["trace_rows"] == len(trace)
     assert made["iterations"] == 7 * 3
     assert made["image_views"] == 7 * 30
-    labels = open_labels(finished.run.store, ["relabel/ipc3/distilled/labels.arrow"], None)
+    labels = open_labels(finished.run.store, {"relabel/ipc3/distilled/labels.arrow": "of the local disk"}, None)
     rows = [plan for epoch in range(labels.num_epochs) for plan, _ in labels.epoch(epoch)]
     made = finished.plan.stage("relabel/ipc3/distilled").counts
     assert made["epochs"] == labels.num_epochs

@@ -130,7 +130,7 @@ def test_showing_and_sharing(s3, local_run, cvdd):
     assert code == 0
     assert "distilled, soft labels" in out
     assert f"contact_sheet_ipc2.png: s3://{s3.bucket}/run/report/contact_sheet_ipc2.png" in out
-    assert f"cvdd share s3://{s3.bucket}/run" in out
+    assert f"cvdd share 's3://{s3.bucket}/run?" in out  # quoted, with its options
     assert s3.get("run/report/contact_sheet_ipc2.png").startswith(b"\x89PNG")
 
     code, out, _ = cvdd("share", uri, "--expires", "90m")
