@@ -321,7 +321,7 @@ def test_a_tar_file_that_is_gone_or_out_of_reach(s3, tmp_path, monkeypatch):
     real = load_real(config(s3.uri("data"), image_size=96, on_bad_image="skip"), 0)
     monkeypatch.setenv("CVDD_RAY_S3_RETRY_S", "0.2")
     s3.fail("status", "GET /.*tar", times=10**6)
-    with pytest.raises(ArtifactError, match=r"cannot be read: it is (busy|not available)"):  # an outage is no bad image
+    with pytest.raises(ArtifactError, match=r"cannot be read: .* the same command again"):  # an outage is no bad image
         load_real(config(s3.uri("data"), image_size=96, on_bad_image="skip"), 0)
     with pytest.raises(ArtifactError, match="run the same command again"):
         real.train.read(0)
