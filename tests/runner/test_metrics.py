@@ -165,7 +165,7 @@ def test_a_run_is_counted_to_the_last_byte_and_failures_by_kind(watched):
     kinds = Counter(kind for kind, _ in events)
     assert kinds["checkpoint"] == 4
     assert kinds["group_started"] == 3
-    assert kinds["piece_done"] == 2 + 10 + 2 + 2 + 1 + 1
+    assert kinds["piece_done"] == 2 + 3 + 2 + 2 + 1 + 1
     assert kinds["failure"] == 0
 
     watched.next()  # colocated: the same votes again, no bytes
