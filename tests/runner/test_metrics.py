@@ -65,7 +65,7 @@ broken = ExpertSpec("shufflenet_v2", 10, 16, 0.125, save_weights(model))
 jobs = module.image_jobs(run, 2, lambda i: (("shufflenet_v2",), (1.0,)))
 with run.stage(run.plan("broken", {}, {}), "broken") as work:
     try:
-        module.distill(run, work, {"": jobs}, 2, 3, {**specs, "shufflenet_v2": broken})
+        module.distill(run, work, {"broken": jobs}, 2, 3, {**specs, "shufflenet_v2": broken})
     except Exception as error:
         phase(error=type(error).__name__, events=events)
 """
@@ -186,7 +186,7 @@ def test_a_run_is_counted_to_the_last_byte_and_failures_by_kind(watched):
     failures = [facts for kind, facts in ended["events"] if kind == "failure"]
     assert [(facts["kind"], facts["what"]) for facts in failures] == [
         ("task_retried", "piece"),
-        ("NumericsError", "set-group00000"),
+        ("NumericsError", "broken-group00000"),
     ]
 
 
