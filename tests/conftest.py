@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it on import; no token is looked for or left in HOME
@@ -84,3 +85,22 @@ def tiny_config(**sections) -> RunConfig:
 @pytest.fixture
 def make_config():
     return tiny_config
+
+
+@pytest.fixture
+def cvdd(monkeypatch, capsys):
+    """Call `cvdd` in this process; returns (exit code, stdout, stderr)."""
+
+    from cvdd_ray import cli
+
+    def call(*words: str):
+        monkeypatch.setattr(sys, "argv", ["cvdd", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

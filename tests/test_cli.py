@@ -18,23 +18,6 @@ VERBS = [
 
 
 @pytest.fixture
-def cvdd(monkeypatch, capsys):
-    """Call `cvdd` in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*words: str):
-        monkeypatch.setattr(sys, "argv", ["cvdd", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
 def tiny_yaml(make_config, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(dump_config(make_config(runtime={"engine": "local"})))

@@ -1,7 +1,6 @@
 """A run whose data comes from a bucket and whose results go to one, through faults, is the run on the disk."""
 
 import json
-import sys
 import urllib.request
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -13,7 +12,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import cvdd_ray
-from cvdd_ray import cli
 from cvdd_ray.data.artifacts import Artifacts
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError, DataError
@@ -48,22 +46,6 @@ def local_run(folder, tmp_path_factory):
     root = str(tmp_path_factory.mktemp("local") / "run")
     cvdd_ray.run(config(folder), root)
     return root
-
-
-@pytest.fixture
-def cvdd(monkeypatch, capsys):
-    """Call `cvdd` in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*words: str):
-        monkeypatch.setattr(sys, "argv", ["cvdd", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 def manifests(root) -> dict[str, tuple[dict, dict]]:
