@@ -7,12 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from cvdd_ray.core.workers import Workers
+from cvdd_ray.data.imagesets import image_table, table_bytes
+from cvdd_ray.data.labels import write_label_file
 
 
 def tiny_net(seed=0, num_classes=4, width=4, norm=nn.BatchNorm2d, dropout=0.0):
@@ -164,3 +167,15 @@ class _Member(Workers):
     def all_reduce(self, tensors):
         with torch.no_grad():
             self.threads.add_up(self.rank, list(tensors))
+
+
+def write_image_set(images, encoded=None) -> bytes:
+    """The file of a whole image set, as shards are written."""
+    return table_bytes(image_table(images, encoded), images.classes, images.metadata)
+
+
+def write_labels(epochs, metadata) -> bytes:
+    """The file of a whole label set, as workers write it."""
+    sink = pa.BufferOutputStream()
+    write_label_file(sink, epochs, metadata)
+    return sink.getvalue().to_pybytes()

@@ -119,11 +119,6 @@ def table_bytes(table: pa.Table, classes: Sequence[str], metadata: Mapping[str, 
     return sink.getvalue().to_pybytes()
 
 
-def write_image_set(images: ImageSet, encoded: Sequence[bytes] | None = None) -> bytes:
-    """Return the Arrow IPC stream of an image set; `encoded` as for `image_table`."""
-    return table_bytes(image_table(images, encoded), images.classes, images.metadata)
-
-
 def read_image_set(data: bytes, name: str, rows: slice = slice(None)) -> ImageSet:
     """Return the image set in Arrow bytes, or these rows of it; `name` is used in messages.
 

@@ -57,13 +57,6 @@ def write_label_file(stream: Any, epochs: Iterable[pa.RecordBatch], metadata: Ma
             writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
 
-def write_labels(epochs: Sequence[pa.RecordBatch], metadata: Mapping[str, Any]) -> bytes:
-    """Return the bytes of `write_label_file`."""
-    sink = pa.BufferOutputStream()
-    write_label_file(sink, epochs, metadata)
-    return sink.getvalue().to_pybytes()
-
-
 class SoftLabels:
     """Reader of a label file, or of shards with `epochs_per_shard` epochs each (the last one fewer). Epochs are decoded
     when asked for, the rest stays on disk; shards are given as functions that open them, and are opened when needed.

@@ -85,9 +85,8 @@ def shard_tasks(folder: str, base: str, ipc: int, index_bytes: int) -> dict[str,
     return {name: ShardTask(f"{folder}/{name}", run) for name, run in zip(names, runs, strict=True)}
 
 
-Where = Mapping[
-    int, Sequence[tuple[str, int]]
-]  # image index: record batches (piece, number) that hold it, class by class
+# Image index: record batches (piece, number) that hold it, class by class
+Where = Mapping[int, Sequence[tuple[str, int]]]
 
 
 def assemble_shard(
@@ -113,23 +112,16 @@ def written_set(tasks: Mapping[str, ShardTask], receipts: Mapping[str, bytes]) -
     return files, joint_content([found[name]["content"] for name in tasks])
 
 
-def iterate_images(artifacts: Artifacts, manifest: Manifest, base: str, upto: int | None = None) -> Iterator[ImageSet]:
-    """Yield the shards of a finished stage's image set, verified, one at a time; `upto` ends with the shard that holds
-    the image index before it.  Raises ArtifactError when one is missing or altered."""
+def load_images(artifacts: Artifacts, manifest: Manifest, base: str, upto: int | None = None) -> ImageSet:
+    """Return the image set of a finished stage as one, or its first shards: up to the one that holds the image index before
+    `upto`.  Raises ArtifactError when a file is missing or altered."""
+    shards = []
     for name in shard_files(manifest.files, base):
         where = artifacts.store.display(f"{manifest.stage}/{name}")
-        shard = read_image_set(artifacts.read(manifest, name), where)
-        yield shard
-        if upto is not None and shard.columns["image_index"][-1].as_py() + 1 >= upto:
-            return
-
-
-def load_images(artifacts: Artifacts, manifest: Manifest, base: str, upto: int | None = None) -> ImageSet:
-    """Return the image set of a finished stage as one, or its first shards (see `iterate_images`).
-
-    Raises ArtifactError when a file is missing or altered.
-    """
-    return joined(list(iterate_images(artifacts, manifest, base, upto)))
+        shards.append(read_image_set(artifacts.read(manifest, name), where))
+        if upto is not None and shards[-1].columns["image_index"][-1].as_py() + 1 >= upto:
+            break
+    return joined(shards)
 
 
 def joined(shards: Sequence[ImageSet]) -> ImageSet:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from helpers import write_image_set
 from PIL import Image
 
 from cvdd_ray.data.artifacts import Artifacts, StagePlan
@@ -17,7 +18,6 @@ from cvdd_ray.data.imagesets import (
     encode_jpeg75,
     encode_png,
     read_image_set,
-    write_image_set,
 )
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError

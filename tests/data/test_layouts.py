@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import write_image_set
 from PIL import Image
 
-from cvdd_ray.data.imagesets import ImageSet, encode_png, write_image_set
+from cvdd_ray.data.imagesets import ImageSet, encode_png
 from cvdd_ray.data.labels import SCHEMA
 from cvdd_ray.data.layouts import (
     LABEL_FEATURES,

@@ -6,11 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from helpers import write_image_set
 
 from cvdd_ray import load_distilled
 from cvdd_ray.data import shards
 from cvdd_ray.data.artifacts import Artifacts, StagePlan, Written, sha256
-from cvdd_ray.data.imagesets import ImageSet, image_table, read_image_set, write_image_set
+from cvdd_ray.data.imagesets import ImageSet, image_table, read_image_set
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 from cvdd_ray.stages.context import Run

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_labels
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from cvdd_ray import plan
 from cvdd_ray.core.costs import Network, view_flops, vote_cost, weight_bytes
-from cvdd_ray.data.labels import label_batch, write_labels
+from cvdd_ray.data.labels import label_batch
 from cvdd_ray.data.shards import open_labels
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
