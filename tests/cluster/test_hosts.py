@@ -225,11 +225,14 @@ def test_a_run_takes_three_machines_one_is_lost_in_the_middle_and_nothing_with_i
 
 
 def test_strangers_are_refused(world):
-    """A machine that reaches the head but has not its token gets in nowhere."""
-    code = f"import ray; ray.init('{world.hosts.address('head')}:6379', logging_level='ERROR'); print('got in')"
-    done = world.s3.run(f'RAY_AUTH_MODE=disabled timeout 60 {VENV}/bin/python -c "{code}"')
-    assert done.returncode != 0
-    assert "got in" not in done.stdout
+    """The same question from two machines: the person's has the token and is answered, another one is not."""
+    ask = f"timeout 60 {VENV}/bin/ray status --address={world.hosts.address('head')}:6379"
+    answered = world.dev.run(f"RAY_AUTH_MODE=token {ask}")
+    assert answered.returncode == 0, answered.stdout
+    assert "node_" in answered.stdout or "CPU" in answered.stdout, answered.stdout
+    refused = world.s3.run(f"RAY_AUTH_MODE=disabled {ask}")
+    assert refused.returncode != 0, refused.stdout
+    assert "CPU" not in refused.stdout
 
 
 def test_jobs(world):
