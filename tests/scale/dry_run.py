@@ -3,7 +3,8 @@ images, light experts and few iterations.
 
     make dry-run     # everything below a temporary folder; prints counts, times and peak memory
 
-The number of shards follows from bytes, so the limit of a shard is scaled down with the pixels.
+--folder keeps the run and writes the figures to dry_run.json there. The number of shards follows from bytes, so the limit
+of a shard is scaled down with the pixels.
 """
 
 import argparse
@@ -144,7 +145,8 @@ class PeakMemory(threading.Thread):
 
 
 def dry_run(root: Path, *, listed: int = 0, **numbers) -> dict:
-    """Make images and weights below `root`, run all stages on a private Ray, and return what there is to know."""
+    """Make images and weights below `root`, run all stages on a private Ray into root/run, and return
+    what was measured."""
     make_images(root / "images", numbers["num_classes"], numbers["per_class"], numbers["size"], listed)
     config = dry_config(root, **numbers)
     shards.SHARD_BYTES = round(shards.SHARD_BYTES * (numbers["size"] / REAL_SIZE) ** 2)
@@ -160,7 +162,6 @@ def dry_run(root: Path, *, listed: int = 0, **numbers) -> dict:
         run.close()
     written = [path for path in (root / "run").rglob("*") if path.is_file()]
     return {
-        "run": run,
         "seconds": timings.seconds,
         "wall_s": time.monotonic() - began,
         "peaks": memory.peaks,
@@ -176,15 +177,19 @@ def main() -> None:
         ("factor", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", type=Path)
     numbers = vars(parser.parse_args())
-    with tempfile.TemporaryDirectory() as folder:
-        found = dry_run(Path(folder), **numbers)
-        for title, seconds in found["seconds"].items():
-            print(f"{seconds:8.1f} s  {title}")
-        print(f"{found['wall_s']:8.1f} s  in all")
-        for kind, peak in sorted(found["peaks"].items()):
-            print(f"{peak:6d} MiB  {kind}")
-        print(f"files: {dict(found['files'])}, {found['bytes'] / 2**20:.0f} MiB")
+    kept = numbers.pop("folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        found = dry_run(kept or Path(temporary), **numbers)
+    for title, seconds in found["seconds"].items():
+        print(f"{seconds:8.1f} s  {title}")
+    print(f"{found['wall_s']:8.1f} s  in all")
+    for kind, peak in sorted(found["peaks"].items()):
+        print(f"{peak:6d} MiB  {kind}")
+    print(f"files: {dict(found['files'])}, {found['bytes'] / 2**20:.0f} MiB")
+    if kept:
+        (kept / "dry_run.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
