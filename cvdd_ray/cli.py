@@ -136,6 +136,35 @@ def plan_command(
         console.print(part, soft_wrap=not isinstance(part, Table))
 
 
+@app.command("bench")
+def bench_command(
+    recipe: RecipeArgument,
+    what: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORK]...", help="synthesis, relabel, evaluate, pretrain; default: all.")
+    ] = None,
+    set_: SetOption = None,
+    ipc: Annotated[int | None, typer.Option("--ipc", metavar="N", help="Images per class; default: the recipe's first.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Measured rounds of each side.")] = 3,
+    iterations: Annotated[int, typer.Option("--iterations", metavar="N", help="Synthesis iterations of a round.")] = 2,
+    classes: Annotated[int | None, typer.Option("--classes", help="Number of classes, where nothing says.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:  # fmt: skip
+    """How fast this machine is at a recipe's work, beside a plain reference. Random images and weights; writes nothing."""
+    from cvdd_ray.bench.benchreport import plain_bench, rich_bench
+    from cvdd_ray.bench.machine import this_machine
+    from cvdd_ray.bench.works import bench
+
+    config = load_config(recipe, set_ or [])
+    results = bench(config, what or (), ipc=ipc, rounds=rounds, iterations=iterations, num_classes=classes)
+    machine = this_machine(config.runtime.threads_per_actor)
+    if json_:
+        print(json.dumps(plain_bench(machine, results), indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for part in rich_bench(machine, results):
+        console.print(part, soft_wrap=not isinstance(part, Table))
+
+
 @app.command()
 def show(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory (or s3:// URI) of a run or a sweep.")],

@@ -12,8 +12,8 @@ from cvdd_ray.recipes import dump_config
 
 REPOSITORY = Path(__file__).parent.parent
 VERBS = [
-    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "plan", "show", "share", "export",
-    "recipes", "schema",
+    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "plan", "bench", "show", "share",
+    "export", "recipes", "schema",
 ]  # fmt: skip
 
 
@@ -35,6 +35,21 @@ def test_every_verb_explains_itself(cvdd, verb):
     code, out, _ = cvdd(verb, "--help")
     assert code == 0
     assert "Usage" in out
+
+
+def test_bench_compares_every_kind_of_work(cvdd, tiny_yaml):
+    code, out, err = cvdd("bench", tiny_yaml, "--rounds", "1", "--iterations", "1", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert list(found["works"]) == ["synthesis", "relabel", "evaluate", "pretrain"]
+    for work in found["works"].values():
+        (theirs,), (ours,) = work["reference"]["unit_s"], work["ours"]["unit_s"]
+        assert work["ratio"] == pytest.approx(theirs / ours)
+    assert 0 < found["works"]["synthesis"]["shares_of_peak"][0] < 1
+    code, out, _ = cvdd("bench", tiny_yaml, "relabel", "--rounds", "1")
+    assert code == 0
+    assert "GFLOP/s" in out
+    assert "relabel  image and epoch" in out
 
 
 def test_run_show_and_single_verbs(cvdd, tiny_yaml, tmp_path):
@@ -119,6 +134,9 @@ BAD = [
     (["plan", "cifar10", "--gpu", "h1000"], "known are t4, v100"),
     (["plan", "folder224"], "give --classes"),
     (["plan", "folder224", "--classes", "20"], "give --train-images"),
+    (["bench", "digits-demo", "wire2"], "bench knows no 'wire2'; it knows synthesis, relabel"),
+    (["bench", "digits-demo", "--rounds", "0"], "--rounds 0: give at least 1"),
+    (["bench", "folder224"], "give --classes"),
     (["plan", "digits-demo", "--nodes", "0"], "--nodes 0: give at least 1"),
     (["plan", "digits-demo", "--nodes", "many"], "--nodes"),
     (["plan", "digits-demo", "--utilization", "0.5"], "share of the peak of --gpu"),

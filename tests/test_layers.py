@@ -15,6 +15,7 @@ LAYERS = {
     "core": 1,
     "data": 2,
     "stages": 3,
+    "bench": 4,
     "runner": 4,
     "cli": 5,
 }
