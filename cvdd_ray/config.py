@@ -2,27 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _ordered(scale: tuple[float, float]) -> tuple[float, float]:
-    low, high = scale
-    if not 0 < low <= high:
-        raise ValueError(f"needs 0 < low <= high <= 1, got {list(scale)}")
-    return scale
-
-
-AreaRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+from cvdd_ray.fields import AreaRange, Beta, NonNegative, Positive, PositiveFloat, Section
+from cvdd_ray.labelconfig import RelabelConfig
 
 
 class DataConfig(Section):
@@ -185,48 +168,6 @@ class SynthesizeConfig(Section):
     """Lossless PNG, or the published code's truncation and JPEG quality 75 (parity flag)."""
 
 
-class RelabelConfig(Section):
-    teachers: tuple[str, ...] | None = None
-    """Experts that write the soft labels; None: the whole committee."""
-    weighting: Literal["prior", "equal"] = "prior"
-    """Teacher weights: softmax(prior / temperature), or 1/K."""
-    temperature: PositiveFloat = 10.0
-    """Softmax temperature over priors in percent."""
-    batchnorm: Literal["batch", "eval"] = "batch"
-    """`batch`: BSSL, every BatchNorm uses its group's own statistics; `eval`: running statistics."""
-    scope: Literal["bn", "full"] = "bn"
-    """`bn`: BatchNorm alone leaves eval mode; `full`: dropout as well (parity with the published code at 224 px)."""
-    epochs: Positive = 300
-    """Epochs of labelled views; evaluate cannot train longer."""
-    batch_size: Positive = 16
-    """Images per batch (CutMix partners come from the same batch); a smaller set is one batch."""
-    bn_group: Positive | None = None
-    """Images per BatchNorm group in labelling and micro-batch of the student; None: batch_size // 2."""
-    cutmix: bool = True
-    """CutMix with Beta(1,1) on every batch."""
-    crop_scale: AreaRange = (0.08, 1.0)
-    """Area range of the random resized crop."""
-
-    def resolved_batch_size(self, num_images: int) -> int:
-        """Images per batch of a set of `num_images`: CIFAR-10 at IPC 1 is one batch of 10, as published."""
-        return min(self.batch_size, num_images)
-
-    def resolved_bn_group(self, num_images: int) -> int:
-        """Images per BatchNorm group of a set of `num_images`."""
-        batch = self.resolved_batch_size(num_images)
-        return min(self.bn_group or max(2, batch // 2), batch)
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.scope == "full" and self.batchnorm == "eval":
-            raise ValueError("scope 'full' has no effect with batchnorm 'eval'")
-        if self.bn_group and self.bn_group > self.batch_size:
-            raise ValueError(f"bn_group {self.bn_group} is larger than batch_size {self.batch_size}")
-        if self.batchnorm == "batch" and min(self.bn_group or 2, self.batch_size) < 2:
-            raise ValueError("batchnorm 'batch' needs bn_group and batch_size of at least 2 images to have statistics")
-        return self
-
-
 class Phase(Section):
     """Training settings that change from an epoch on; None: as before."""
 
@@ -381,7 +322,7 @@ class RunConfig(Section):
         if self.evaluate.epochs is not None and self.evaluate.epochs > self.relabel.epochs:
             raise ValueError(
                 f"evaluate.epochs {self.evaluate.epochs} is more than relabel.epochs {self.relabel.epochs}; "
-                f"every epoch needs labels of its own"
+                f"every epoch needs labels, its own or those of one of relabel.stored_epochs"
             )
         if self.evaluate.warmup_epochs >= self.student_epochs:
             raise ValueError(

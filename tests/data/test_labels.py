@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Listener, normal, tiny_net, write_image_set, write_labels
 
-from cvdd_ray.config import RelabelConfig, RunConfig
+from cvdd_ray.config import RunConfig
 from cvdd_ray.core.softlabels import Teacher, batch_views, committee_logits, epoch_plans
 from cvdd_ray.core.students import StudentSettings, train_student
 from cvdd_ray.data.artifacts import Artifacts, StagePlan, Written, sha256
@@ -18,6 +18,7 @@ from cvdd_ray.data.imagesets import ImageSet
 from cvdd_ray.data.labels import SoftLabels, label_batch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
+from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.stages import evaluate, relabel
 
 SIZE, CLASSES, EPOCHS = 12, 4, 3
