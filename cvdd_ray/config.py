@@ -42,7 +42,7 @@ class CommitteeConfig(Section):
     """Backbones of the committee, in voting order."""
     width: PositiveFloat = 1.0
     """Channel multiplier of every expert at 32/64 px; 1 is the paper's network, below 1 the slim ones for CPU runs."""
-    weights: dict[str, str] = {}
+    weights: dict[str, str] = Field({})
     """Given weights per expert: a `.safetensors`/`.pth` file (or its s3:// URI), or `torchvision:IMAGENET1K_V1`. Others are
     pretrained."""
 
@@ -81,7 +81,7 @@ class PriorConfig(Section):
     method: Literal["distill", "given"] = "distill"
     """`distill`: hold-out accuracy of a student trained on data distilled from one expert alone (the definition,
     paper section 3.3); `given`: the numbers in `values`."""
-    values: dict[str, float] = {}
+    values: dict[str, float] = Field({})
     """Given prior per expert in percent, e.g. the paper's Table 19."""
     ipc: Positive = 10
     """Images per class distilled from each expert alone."""

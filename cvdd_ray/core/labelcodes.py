@@ -73,5 +73,5 @@ def decode_logits(parts: Mapping[str, Tensor], num_classes: int) -> Tensor:
         kept_Nk = kept_Nk * parts["scale"].float() + parts["offset"].float()
     if "classes" not in parts:
         return kept_Nk
-    others_N1 = parts["tail"].float() if "tail" in parts else torch.full((len(kept_Nk), 1), DROPPED)
+    others_N1 = parts["tail"].float() if "tail" in parts else kept_Nk.new_full((len(kept_Nk), 1), DROPPED)
     return others_N1.repeat(1, num_classes).scatter_(1, parts["classes"].long(), kept_Nk)

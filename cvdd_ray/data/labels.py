@@ -26,7 +26,6 @@ ONLINE = "online.json"
 """Instead of label files where nothing is stored: what teachers need to say the labels as a student trains."""
 
 FULL = LabelEncoding()
-FILE_BYTES = 1850  # of a label file besides its epochs: schema, metadata, footer
 _BOX = pa.list_(pa.int16(), 4)
 _VIEWS = pa.schema(
     [
@@ -58,6 +57,11 @@ def epoch_bytes(num_images: int, num_batches: int, num_classes: int, encoding: L
     return round(
         num_images * (views + encoding.image_bytes(num_classes)) + num_batches * (16 + 4 * lists) + 740 + 100 * parts
     )
+
+
+def file_bytes(num_classes: int, encoding: LabelEncoding = FULL) -> int:
+    """Return about how many bytes a label file has besides its epochs: schema and metadata, at its head and at its end."""
+    return 2400 + 200 * len(encoding.parts(num_classes))
 
 
 def label_batch(rows: Iterable[tuple[BatchPlan, Tensor]], encoding: LabelEncoding = FULL) -> pa.RecordBatch:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from cvdd_ray.core.costs import Cost, forward_cost, training_cost, view_flops, weight_bytes
 from cvdd_ray.core.softlabels import batch_starts, batches_together
 from cvdd_ray.data.datasets import DatasetInfo, network_input_bytes
-from cvdd_ray.data.labels import FILE_BYTES, epoch_bytes
+from cvdd_ray.data.labels import epoch_bytes, file_bytes
 from cvdd_ray.data.shards import shard_tasks
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import OURS
@@ -200,7 +200,7 @@ def count_relabel(run: Run, ipc: int, label_set: str) -> StageCount:
     spans, sharded = label_spans(epochs, num_images, info.num_classes, encoding)
     num_batches = len(batch_starts(num_images, c.resolved_batch_size(num_images)))
     written = epochs * epoch_bytes(num_images, num_batches, info.num_classes, encoding)
-    written += FILE_BYTES * (len(spans) if sharded else 1)
+    written += file_bytes(info.num_classes, encoding) * (len(spans) if sharded else 1)
     units = [{name: len(span) * num_images * flops for name, flops in labelling.per_image.items()} for span in spans]
     holding = pixels + weights + 8 * num_images * info.num_classes  # 8: logits of an epoch, as made and as stored
     return StageCount(

@@ -26,11 +26,11 @@ from cvdd_ray.core.voting import prior_weights
 from cvdd_ray.data.artifacts import Manifest, Written
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
 from cvdd_ray.data.labels import (
-    FILE_BYTES,
     FULL,
     ONLINE,
     encoding_metadata,
     epoch_bytes,
+    file_bytes,
     label_batch,
     write_label_file,
 )
@@ -159,7 +159,7 @@ def label_encoding(c: RelabelConfig, num_classes: int) -> LabelEncoding:
 def full_bytes(num_images: int, num_classes: int, c: RelabelConfig) -> int:
     """Return what float16 labels of every class would take for every epoch of a student, in one file."""
     num_batches = len(batch_starts(num_images, c.resolved_batch_size(num_images)))
-    return FILE_BYTES + c.epochs * epoch_bytes(num_images, num_batches, num_classes)
+    return file_bytes(num_classes) + c.epochs * epoch_bytes(num_images, num_batches, num_classes)
 
 
 def label_spans(
