@@ -33,12 +33,12 @@ COLUMNS = {
     "cutmix_box": "top, left, bottom, right in pixels, one for the batch",
     "logits": "B x K numbers, row by row",
 }
-PARTS = {
+PARTS = {  # of labels that are not stored as float16 logits of every class
     "classes": "B x k classes, those of the logits",
     "tail": "mean logit of the other classes, B numbers",
     "scale": "B numbers: a logit is logits * scale + offset",
     "offset": "B numbers",
-}  # of labels that are not stored as float16 logits of every class
+}
 STARTS = {"patches": "patches of real images (RDED)", "real": "whole real images", "noise": "Gaussian noise"}
 
 
@@ -182,15 +182,12 @@ def _labels_use(source: Publishable, images: str, labels: str) -> str:
     c = _relabel(one)
     parts = [name for name in label_encoding(c, len(source.classes)).parts(len(source.classes)) if name != "logits"]
     again = f"    epoch %= {c.stored_epochs}  # of {c.epochs} epochs\n" if c.stored_epochs else ""
-    imported, logits = "", 'row["logits"].view(len(views), -1)'
+    imported, unpacked, logits = "", "", 'row["logits"].view(len(views), -1)'
     if parts:
         imported = "from cvdd_ray.core.labelcodes import decode_logits\n"
+        names = json.dumps(["logits", *parts])
+        unpacked = f"        parts = {{name: row[name].view(len(views), -1) for name in {names}}}\n"
         logits = f"decode_logits(parts, {len(source.classes)})"
-    unpacked = (
-        f"""        parts = {{name: row[name].view(len(views), -1) for name in {json.dumps(["logits", *parts])}}}\n"""
-        if parts
-        else ""
-    )
     return f"""
 
 A row of `{labels}` is one batch of one epoch of a student's training: which images (row numbers of `{images}`), how each

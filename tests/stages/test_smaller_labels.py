@@ -1,10 +1,12 @@
 """Labels that are smaller, or not stored at all, through the stages of a run: made, learnt from, shown, planned, published."""
 
+import copy
 import json
 
 import datasets
 import pytest
 import torch
+from helpers import Threads
 from test_export import Said, run_card
 
 import cvdd_ray
@@ -14,10 +16,20 @@ from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.labelconfig import STORAGE, RelabelConfig
 from cvdd_ray.recipes import with_settings
+from cvdd_ray.stages import evaluate as evaluation
 from cvdd_ray.stages import relabel as stage
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.evaluate import OURS, evaluate, load_arms
+from cvdd_ray.stages.evaluate import (
+    OURS,
+    StudentTask,
+    build_student,
+    evaluate,
+    load_arms,
+    run_student,
+    student_settings,
+)
 from cvdd_ray.stages.pipeline import STAGES, check, remember
+from cvdd_ray.stages.real import split_for_workers
 from cvdd_ray.stages.report import rich_summary, write_report
 from cvdd_ray.stages.summary import summarize_run
 from cvdd_ray.stages.trial import TrialStudents
@@ -135,6 +147,29 @@ def test_students_of_a_trial_ask_too(online):
     students.run_epoch()
     curve = json.loads(online.store.read("evaluate/ipc2/results.json"))["runs"][0]["curve"]
     assert students.measure().train_loss == pytest.approx(curve[0][1])
+
+
+def test_workers_of_one_student_ask_for_the_same_labels(online, monkeypatch):
+    """Two workers with a BatchNorm group each learn what one does, up to the last bits of sums."""
+    arms, _ = load_arms(online, 2)
+    s, views = student_settings(online, 3, 20), arms[OURS].online.views
+    test = split_for_workers(online.real.test, online.info)
+    student, seed = build_student("resnet18", 0, online.info, online.config.seed, online.width)
+    monkeypatch.setattr(
+        evaluation, "build_student", lambda *args: (copy.deepcopy(student), seed)
+    )  # threads share one RNG
+
+    def train(workers):
+        task = StudentTask(OURS, "resnet18", 0, f"unfinished{workers.world_size}", 99.0)
+        shared = (arms, online.store, test, online.info, s, views, online.width)
+        return json.loads(run_student(task, *shared, lambda report: None, workers))
+
+    both = Threads(2).run(train)
+    alone = json.loads(online.store.read("evaluate/ipc2/results.json"))["runs"][0]
+    for row in both:
+        assert [loss for _, loss, *_ in row["curve"]] == pytest.approx(
+            [loss for _, loss, *_ in alone["curve"]], rel=1e-3
+        )
 
 
 def test_online_labels_of_other_images_or_experts_are_refused(base, tmp_path):
