@@ -2,27 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _ordered(scale: tuple[float, float]) -> tuple[float, float]:
-    low, high = scale
-    if not 0 < low <= high:
-        raise ValueError(f"needs 0 < low <= high <= 1, got {list(scale)}")
-    return scale
-
-
-AreaRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+from cvdd_ray.fields import AreaRange, Beta, NonNegative, Positive, PositiveFloat, Section
+from cvdd_ray.labelconfig import RelabelConfig
 
 
 class DataConfig(Section):
@@ -59,7 +42,7 @@ class CommitteeConfig(Section):
     """Backbones of the committee, in voting order."""
     width: PositiveFloat = 1.0
     """Channel multiplier of every expert at 32/64 px; 1 is the paper's network, below 1 the slim ones for CPU runs."""
-    weights: dict[str, str] = {}
+    weights: dict[str, str] = Field({})
     """Given weights per expert: a `.safetensors`/`.pth` file (or its s3:// URI), or `torchvision:IMAGENET1K_V1`. Others are
     pretrained."""
 
@@ -98,7 +81,7 @@ class PriorConfig(Section):
     method: Literal["distill", "given"] = "distill"
     """`distill`: hold-out accuracy of a student trained on data distilled from one expert alone (the definition,
     paper section 3.3); `given`: the numbers in `values`."""
-    values: dict[str, float] = {}
+    values: dict[str, float] = Field({})
     """Given prior per expert in percent, e.g. the paper's Table 19."""
     ipc: Positive = 10
     """Images per class distilled from each expert alone."""
@@ -183,48 +166,6 @@ class SynthesizeConfig(Section):
     """Iterations between checkpoints of an unfinished group."""
     image_format: Literal["png", "jpeg75_trunc"] = "png"
     """Lossless PNG, or the published code's truncation and JPEG quality 75 (parity flag)."""
-
-
-class RelabelConfig(Section):
-    teachers: tuple[str, ...] | None = None
-    """Experts that write the soft labels; None: the whole committee."""
-    weighting: Literal["prior", "equal"] = "prior"
-    """Teacher weights: softmax(prior / temperature), or 1/K."""
-    temperature: PositiveFloat = 10.0
-    """Softmax temperature over priors in percent."""
-    batchnorm: Literal["batch", "eval"] = "batch"
-    """`batch`: BSSL, every BatchNorm uses its group's own statistics; `eval`: running statistics."""
-    scope: Literal["bn", "full"] = "bn"
-    """`bn`: BatchNorm alone leaves eval mode; `full`: dropout as well (parity with the published code at 224 px)."""
-    epochs: Positive = 300
-    """Epochs of labelled views; evaluate cannot train longer."""
-    batch_size: Positive = 16
-    """Images per batch (CutMix partners come from the same batch); a smaller set is one batch."""
-    bn_group: Positive | None = None
-    """Images per BatchNorm group in labelling and micro-batch of the student; None: batch_size // 2."""
-    cutmix: bool = True
-    """CutMix with Beta(1,1) on every batch."""
-    crop_scale: AreaRange = (0.08, 1.0)
-    """Area range of the random resized crop."""
-
-    def resolved_batch_size(self, num_images: int) -> int:
-        """Images per batch of a set of `num_images`: CIFAR-10 at IPC 1 is one batch of 10, as published."""
-        return min(self.batch_size, num_images)
-
-    def resolved_bn_group(self, num_images: int) -> int:
-        """Images per BatchNorm group of a set of `num_images`."""
-        batch = self.resolved_batch_size(num_images)
-        return min(self.bn_group or max(2, batch // 2), batch)
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.scope == "full" and self.batchnorm == "eval":
-            raise ValueError("scope 'full' has no effect with batchnorm 'eval'")
-        if self.bn_group and self.bn_group > self.batch_size:
-            raise ValueError(f"bn_group {self.bn_group} is larger than batch_size {self.batch_size}")
-        if self.batchnorm == "batch" and min(self.bn_group or 2, self.batch_size) < 2:
-            raise ValueError("batchnorm 'batch' needs bn_group and batch_size of at least 2 images to have statistics")
-        return self
 
 
 class Phase(Section):
@@ -381,7 +322,7 @@ class RunConfig(Section):
         if self.evaluate.epochs is not None and self.evaluate.epochs > self.relabel.epochs:
             raise ValueError(
                 f"evaluate.epochs {self.evaluate.epochs} is more than relabel.epochs {self.relabel.epochs}; "
-                f"every epoch needs labels of its own"
+                f"every epoch needs labels, its own or those of one of relabel.stored_epochs"
             )
         if self.evaluate.warmup_epochs >= self.student_epochs:
             raise ValueError(

@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "cvdd_ray"
 LAYERS = {
     "errors": 0,
     "config": 0,
+    "fields": 0,
+    "labelconfig": 0,
     "space": 0,
     "sweepconfig": 0,
     "recipes": 0,

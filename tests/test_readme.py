@@ -10,7 +10,11 @@ import typer
 
 import cvdd_ray
 from cvdd_ray import cli
+from cvdd_ray.data.labels import epoch_bytes
+from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.recipes import load_config
+from cvdd_ray.stages.planreport import size
+from cvdd_ray.stages.relabel import label_encoding
 from cvdd_ray.stages.speeds import GPUS
 from cvdd_ray.sweepconfig import load_sweep
 
@@ -103,6 +107,18 @@ def test_the_table_of_sizes_is_what_plan_says():
             *(f"{hours:.2g}" for hours in (made.wall_hours, labels.wall_hours, students.wall_hours, planned.wall_hours)),
             f"{slower.wall_hours:.2g}",
         ]  # fmt: skip
+
+
+def test_the_table_of_label_sizes_is_what_files_take():
+    """300 epochs of ImageNet-1K at IPC 10, in batches of 16."""
+    rows = re.findall(r"^\|(.*?)\|.*\| ([\d.]+ [MG]B) \|$", README.split("### Smaller soft labels")[1], re.M)
+    settings = [dict(re.findall(r"(\w+)=(\w+)", cell)) for cell, _ in rows]
+    assert rows[-1][0].strip() == "all four"
+    settings[-1] = {name: value for row in settings for name, value in row.items()}
+    for about, (_, stated) in zip(settings, rows, strict=True):
+        c = RelabelConfig(**about)
+        taken = c.labelled_epochs * epoch_bytes(10_000, 625, 1000, label_encoding(c, 1000))
+        assert size(taken) == stated, about
 
 
 def test_the_utilization_of_the_published_code_is_what_plan_says():

@@ -18,7 +18,8 @@ from cvdd_ray.core.workers import ALONE, RunningStatistics, Workers
 
 def kd_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
     """Return KL(softmax(teacher/T) || softmax(student/T)), summed over classes, mean over the batch, no T squared
-    factor; its gradient is (q - p) / (T B).  Source: spec section 7."""
+    factor; its gradient is (q - p) / (T B). A class with p = 0 adds nothing to the loss and q / (T B) to the gradient; its
+    logit must be finite (`labelcodes.DROPPED`).  Source: spec section 7."""
     log_q = F.log_softmax(student_BK / temperature, 1)
     log_p = F.log_softmax(teacher_BK / temperature, 1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -14,7 +14,7 @@ from cvdd_ray.core.softlabels import batch_views
 from cvdd_ray.data.artifacts import MANIFEST, Artifacts
 from cvdd_ray.data.datasets import Normalization, network_inputs, normalize
 from cvdd_ray.data.imagesets import ImageSet, read_image_set
-from cvdd_ray.data.labels import SoftLabels
+from cvdd_ray.data.labels import ONLINE, SoftLabels
 from cvdd_ray.data.remote import is_uri, without_secrets
 from cvdd_ray.data.shards import label_files, load_images, open_labels
 from cvdd_ray.data.storage import Store
@@ -24,10 +24,11 @@ IMAGES, LABELS = "distilled", "labels"
 
 
 class DistilledDataset(Dataset):
-    """Images of a distilled set: item i is (image_CSS uint8, label int). `labels` is set when soft labels are there."""
+    """Images of a distilled set: item i is (image_CSS uint8, label int). `labels` is set when soft labels are there;
+    `is_online`: a run's students ask the teachers instead, and nothing is stored."""
 
-    def __init__(self, images: ImageSet, labels: SoftLabels | None):
-        self.images, self.labels = images, labels
+    def __init__(self, images: ImageSet, labels: SoftLabels | None, is_online: bool = False):
+        self.images, self.labels, self.is_online = images, labels, is_online
         self.pixels_NCSS = torch.from_numpy(images.images_NCHW.copy())
         self.classes = images.classes
         self.normalization = Normalization(*(tuple(images.metadata[name]) for name in ("mean", "std")))
@@ -43,10 +44,16 @@ class DistilledDataset(Dataset):
         return normalize(self.pixels_NCSS, self.normalization)
 
     def soft_batches(self, epoch: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (views_BCSS, logits_BK) of one epoch: exactly the views the teachers labelled, in their order.
+        """Yield (views_BCSS, logits_BK) of one epoch: exactly the views the teachers labelled, in their order. A class whose
+        logit was not stored has -1e30: probability 0 at any temperature.
 
         Raises ArtifactError when the run has no soft labels, or none for this epoch.
         """
+        if self.is_online:
+            raise ArtifactError(
+                "this distilled set has online labels: teachers say them as students train, and none are stored; store some "
+                "with `cvdd relabel --overwrite --set relabel.online=false`"
+            )
         if self.labels is None:
             raise ArtifactError("this distilled set has no soft labels; make them with `cvdd relabel`")
         pixels = network_inputs(self.images.images_NCHW, self.normalization, torch.device(device))
@@ -85,4 +92,6 @@ def load_distilled(path: str, ipc: int | None = None) -> DistilledDataset:
     labelled = artifacts.manifest(f"relabel/{wanted[0]}/distilled")
     if labelled is None:
         return DistilledDataset(images, None)
+    if ONLINE in labelled.files:
+        return DistilledDataset(images, None, is_online=True)
     return DistilledDataset(images, open_labels(store, label_files(artifacts, labelled, LABELS), images.content()))

@@ -22,7 +22,7 @@ ROW_GROUP_BYTES = 16 << 20
 MAX_NAME_BYTES = 100  # of a class's folder
 RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{k}" for device in ("com", "lpt") for k in range(1, 10))}  # Windows
 
-LABEL_FEATURES: dict[str, dict] = {
+VIEW_FEATURES: dict[str, dict] = {
     "epoch": {"dtype": "int32", "_type": "Value"},
     "batch": {"dtype": "int32", "_type": "Value"},
     "image_index": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
@@ -33,9 +33,8 @@ LABEL_FEATURES: dict[str, dict] = {
     "flip": {"feature": {"dtype": "bool", "_type": "Value"}, "_type": "List"},
     "partner": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
     "cutmix_box": {"feature": {"dtype": "int16", "_type": "Value"}, "length": 4, "_type": "List"},
-    "logits": {"feature": {"dtype": "float16", "_type": "Value"}, "_type": "List"},
 }
-"""`labels.SCHEMA` as the Hub's features."""
+"""The views of a label file as the Hub's features."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,15 @@ def image_features(schema: pa.Schema) -> dict[str, dict]:
     """Return the Hub's features of an image set as published, from its Arrow schema (`as_published`)."""
     stored = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     return {_published_name(name): stored[name] for name in schema.names}
+
+
+def label_features(schema: pa.Schema) -> dict[str, dict]:
+    """Return the Hub's features of a label file: views, and the lists of numbers that the labels are stored as."""
+    kinds = {name: schema.field(name).type.value_type for name in schema.names if name not in VIEW_FEATURES}
+    numbers = {name: "float16" if pa.types.is_float16(kind) else str(kind) for name, kind in kinds.items()}
+    return VIEW_FEATURES | {
+        name: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"} for name, dtype in numbers.items()
+    }
 
 
 def as_published(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

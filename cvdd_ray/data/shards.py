@@ -152,7 +152,7 @@ def image_batches(artifacts: Artifacts, manifest: Manifest, base: str) -> Iterat
 
 
 def label_batches(artifacts: Artifacts, manifest: Manifest, base: str) -> Iterator[pa.RecordBatch]:
-    """Yield the soft labels of a finished stage epoch by epoch, a row per batch (`labels.SCHEMA`).
+    """Yield the soft labels of a finished stage epoch by epoch, a row per batch (`labels.label_schema`).
 
     Raises ArtifactError when a file is missing or altered.
     """

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from cvdd_ray.data.layouts import Shards
+from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.stages.publishable import DistilledSet, Publishable
+from cvdd_ray.stages.relabel import label_encoding
 from cvdd_ray.stages.report import RULE, markdown_table, pipes
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
@@ -30,6 +32,12 @@ COLUMNS = {
     "partner": "CutMix partner, as position in the batch",
     "cutmix_box": "top, left, bottom, right in pixels, one for the batch",
     "logits": "B x K numbers, row by row",
+}
+PARTS = {  # of labels that are not stored as float16 logits of every class
+    "classes": "B x k classes, those of the logits",
+    "tail": "mean logit of the other classes, B numbers",
+    "scale": "B numbers: a logit is logits * scale + offset",
+    "offset": "B numbers",
 }
 STARTS = {"patches": "patches of real images (RDED)", "real": "whole real images", "noise": "Gaussian noise"}
 
@@ -170,6 +178,16 @@ class_name = images.features["label"].int2str(images[0]["label"])
 
 def _labels_use(source: Publishable, images: str, labels: str) -> str:
     mean, std = (json.dumps(source.info[name]) for name in ("mean", "std"))
+    one = next(one for one in source.sets if one.has_label_files)
+    c = _relabel(one)
+    parts = [name for name in label_encoding(c, len(source.classes)).parts(len(source.classes)) if name != "logits"]
+    again = f"    epoch %= {c.stored_epochs}  # of {c.epochs} epochs\n" if c.stored_epochs else ""
+    imported, unpacked, logits = "", "", 'row["logits"].view(len(views), -1)'
+    if parts:
+        imported = "from cvdd_ray.core.labelcodes import decode_logits\n"
+        names = json.dumps(["logits", *parts])
+        unpacked = f"        parts = {{name: row[name].view(len(views), -1) for name in {names}}}\n"
+        logits = f"decode_logits(parts, {len(source.classes)})"
     return f"""
 
 A row of `{labels}` is one batch of one epoch of a student's training: which images (row numbers of `{images}`), how each
@@ -179,7 +197,7 @@ makes the views again, to the bit:
 ```python
 import torch
 from cvdd_ray.core.augment import Views
-from cvdd_ray.core.softlabels import BatchPlan, batch_views
+{imported}from cvdd_ray.core.softlabels import BatchPlan, batch_views
 
 mean, std = torch.tensor({mean})[:, None, None], torch.tensor({std})[:, None, None]
 pixels = torch.stack(list(images.with_format("torch")["image"]))
@@ -187,12 +205,12 @@ inputs = (pixels.float() / 255 - mean) / std
 
 
 def soft_batches(epoch):
-    rows = load_dataset(path, "{labels}", split="train", streaming=True, filters=[("epoch", "==", epoch)])
+{again}    rows = load_dataset(path, "{labels}", split="train", streaming=True, filters=[("epoch", "==", epoch)])
     for row in rows.with_format("torch"):
         views = Views(row["crop"], row["flip"], torch.zeros(len(row["flip"]), 2, dtype=torch.long))
         box = tuple(row["cutmix_box"].tolist())
         plan = BatchPlan(epoch, int(row["batch"]), row["image_index"], views, row["partner"], box)
-        yield batch_views(inputs, plan), row["logits"].view(len(views), -1)
+{unpacked}        yield batch_views(inputs, plan), {logits}
 ```
 
 A student takes the Kullback-Leibler divergence between the softened logits as its loss, and its BatchNorm sees groups of
@@ -221,7 +239,10 @@ load_weights(expert, str(folder / "model.safetensors"), name=about["architecture
 
 def _columns(table: Table) -> str:
     """Return what the columns of a table are."""
-    rows = [(f"`{name}`", COLUMNS.get(name, "")) for name in table.features]
+    meanings = COLUMNS | PARTS
+    if "classes" in table.features:
+        meanings["logits"] = "B x k numbers, row by row: the largest"
+    rows = [(f"`{name}`", meanings.get(name, "")) for name in table.features]
     return f"`{table.name}`, {table.shards.num_rows} rows:\n\n{pipes(('column', 'what it is'), rows, ('---', '---'))}"
 
 
@@ -274,15 +295,24 @@ def _made(source: Publishable) -> str:
 def _labels(one: DistilledSet) -> str:
     if one.labels is None:
         return "none"
-    settings = one.labels.identity["settings"]
-    r = settings["relabel"]
-    mode = f"BatchNorm on groups of {r['bn_group']} images (BSSL)" if r["batchnorm"] == "batch" else "eval mode"
-    cutmix = "CutMix" if r["cutmix"] else "no CutMix"
-    batch, teachers = min(r["batch_size"], one.num_images), " + ".join(r["teachers"])
+    c = _relabel(one)
+    mode = f"BatchNorm on groups of {c.bn_group} images (BSSL)" if c.batchnorm == "batch" else "eval mode"
+    cutmix = "CutMix" if c.cutmix else "no CutMix"
+    batch, teachers = min(c.batch_size, one.num_images), " + ".join(c.teachers)
+    again = f" ({c.stored_epochs} of their own, taken again and again)" if c.stored_epochs else ""
+    kept = f"; the {c.top_k} largest logits of {len(one.labels.identity['classes'])}" if c.top_k else ""
+    others = {"drop": "others have probability 0", "spread": "others have their mean"}[c.tail]
+    as_stored = (f"{kept} ({others})" if kept else "") + ("; int8" if c.precision == "int8" else "")
     return (
-        f"{r['epochs']} epochs, batches of {batch}, teachers {teachers}, {mode}, {cutmix}, "
-        f"{_views(r['crop_scale'], settings['data.flip'])}"
+        f"{c.epochs} epochs{again}, batches of {batch}, teachers {teachers}, {mode}, {cutmix}, "
+        f"{_views(c.crop_scale, one.labels.identity['settings']['data.flip'])}{as_stored}"
+        f"{'; asked of the teachers as students train, not stored' if c.online else ''}"
     )
+
+
+def _relabel(one: DistilledSet) -> RelabelConfig:
+    """Return the settings that a set was labelled with."""
+    return RelabelConfig(**one.labels.identity["settings"]["relabel"])
 
 
 def _views(crop_scale: Sequence[float] | None, flip: bool) -> str:

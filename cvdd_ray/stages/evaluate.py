@@ -18,6 +18,7 @@ from cvdd_ray.core.students import Curve, StudentSettings, StudentTraining, trai
 from cvdd_ray.core.training import accuracy
 from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
+from cvdd_ray.data.labels import ONLINE
 from cvdd_ray.data.shards import label_files, open_labels
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
@@ -25,7 +26,15 @@ from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import RANDOM, load_image_set
 from cvdd_ray.stages.real import Split, split_for_workers, test_batches
-from cvdd_ray.stages.relabel import BASELINE_LABELS, LABEL_SETS, LABELS, ViewSettings
+from cvdd_ray.stages.relabel import (
+    BASELINE_LABELS,
+    LABEL_SETS,
+    LABELS,
+    Labeller,
+    OnlineLabels,
+    ViewSettings,
+    online_labels,
+)
 
 RESULTS = "results.json"
 OURS = "distilled"
@@ -33,12 +42,23 @@ OURS = "distilled"
 
 @dataclass(frozen=True)
 class Arm:
-    """What one row of the table trains on: images (uint8), labels, and the files of its soft labels (none: hard labels)."""
+    """What one row of the table trains on: images (uint8), labels, and its soft labels, as files or as teachers to be asked
+    (neither: hard labels)."""
 
     images_NCHW: np.ndarray
     labels_N: np.ndarray
     content: str
     label_files: dict[str, str]
+    online: OnlineLabels | None = None
+
+    def soft_labels(
+        self, store: Store, info: DatasetInfo
+    ) -> Callable[[int], list[tuple[BatchPlan, torch.Tensor]]] | None:
+        """Return what gives the (plan, logits_BK) of every batch of an epoch; None with hard labels.  Raises ArtifactError
+        for label files of other images."""
+        if self.online:
+            return Labeller(self.images_NCHW, info, self.online.teachers, self.online.weights, self.online.views).epoch
+        return open_labels(store, self.label_files, self.content).epoch if self.label_files else None
 
 
 @dataclass(frozen=True)
@@ -138,14 +158,16 @@ def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
             LABEL_SETS[label_set].images if label_set else (f"initialize/ipc{ipc}", RANDOM, "initialize")
         )
         images = load_image_set(run, stage.format(ipc=ipc), file, verb)
-        arm_labels: dict[str, str] = {}
+        files: dict[str, str] = {}
+        online = None
         if label_set:
             label_stage = f"relabel/ipc{ipc}/{label_set}"
             labelled = run.require(label_stage, "relabel")
             inputs[label_stage] = labelled.content
-            arm_labels = label_files(run.artifacts, labelled, LABELS)
+            files = label_files(run.artifacts, labelled, LABELS)
+            online = online_labels(run, labelled, images.content()) if ONLINE in labelled.files else None
         inputs[f"images/{name}"] = images.content()
-        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), arm_labels)
+        arms[name] = Arm(images.images_NCHW, images.labels_N, images.content(), files, online)
     return arms, inputs
 
 
@@ -156,12 +178,8 @@ def run_student(
     """Train one student, from its checkpoint if there is one, and return its row as JSON: accuracies in percent, curve,
     seconds. Several workers train it together; the first one keeps the checkpoint."""
     arm = arms[task.arm]
-    if arm.label_files:
-        labels = open_labels(store, arm.label_files, arm.content)
-
-        def epoch_rows(epoch: int):
-            return labels.epoch(epoch)
-    else:
+    epoch_rows = arm.soft_labels(store, info)
+    if epoch_rows is None:
         s = StudentSettings(**{**vars(s), "temperature": None})
         hard_N = torch.from_numpy(np.array(arm.labels_N))
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 from cvdd_ray.data.artifacts import software_versions
 from cvdd_ray.data.destination import CARD, MARKER, published_folder
 from cvdd_ray.data.layouts import (
-    LABEL_FEATURES,
     as_published,
     class_folders,
     image_features,
     image_rows,
+    label_features,
     write_class_folders,
     write_parquet,
     write_tars,
@@ -78,11 +78,14 @@ def write_hub(source: Publishable, folder: Path, license_id: str, shard_bytes: i
         shards = write_parquet(folder / "data" / name, rows, features, shard_bytes)
         tables.append(Table(name, f"data/{name}", features, shards))
     for one in source.sets:
-        if one.labels is None:
+        if not one.has_label_files:
             continue
+        batches = _labels(source, one, progress)
+        first = next(batches)
+        features = label_features(first.schema)
         name = f"soft_labels_ipc{one.ipc}" if several else "soft_labels"
-        shards = write_parquet(folder / "data" / name, _labels(source, one, progress), LABEL_FEATURES, shard_bytes)
-        tables.append(Table(name, f"data/{name}", LABEL_FEATURES, shards))
+        shards = write_parquet(folder / "data" / name, chain([first], batches), features, shard_bytes)
+        tables.append(Table(name, f"data/{name}", features, shards))
     _write_experts(source, folder, progress)
     return hub_card(source, license_id, tables)
 

@@ -8,7 +8,7 @@ from cvdd_ray.stages.evaluate import check_workers, evaluate
 from cvdd_ray.stages.initialize import class_items, initialize, observer_name
 from cvdd_ray.stages.pretrain import check_networks, pretrain
 from cvdd_ray.stages.prior import check_given, prior
-from cvdd_ray.stages.relabel import label_sets, relabel, teacher_names
+from cvdd_ray.stages.relabel import label_encoding, label_sets, relabel, teacher_names
 from cvdd_ray.stages.synthesize import synthesize
 from cvdd_ray.stages.votes import needs_priors, vote_of_image
 
@@ -27,6 +27,7 @@ def check(run: Run) -> None:
     """Raise ConfigError or DataError for settings that would only fail in a late stage; nothing is computed or written."""
     c = run.config
     teacher_names(run)
+    label_encoding(c.relabel, len(run.classes))
     observer_name(run)
     measured = needs_priors(c) and c.prior.method == "distill"
     if needs_priors(c) and not measured:

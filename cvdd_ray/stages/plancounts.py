@@ -5,11 +5,13 @@ Sizes of images and traces are estimates from runs that were made; sizes of labe
 formats.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from cvdd_ray.core.costs import Cost, forward_cost, training_cost, view_flops, weight_bytes
 from cvdd_ray.core.softlabels import batch_starts, batches_together
 from cvdd_ray.data.datasets import DatasetInfo, network_input_bytes
+from cvdd_ray.data.labels import epoch_bytes, file_bytes
 from cvdd_ray.data.shards import shard_tasks
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import OURS
@@ -35,7 +37,7 @@ from cvdd_ray.stages.planwork import (
     tasks_per_gpu,
 )
 from cvdd_ray.stages.real import SMALL, TEST_BATCH
-from cvdd_ray.stages.relabel import label_bytes, label_sets, label_spans, teacher_names
+from cvdd_ray.stages.relabel import label_encoding, label_sets, label_spans, teacher_names
 from cvdd_ray.stages.synthesize import DISTILLED, image_jobs
 from cvdd_ray.stages.votes import needs_priors, vote_of_image
 
@@ -168,30 +170,49 @@ def count_synthesize(run: Run, ipc: int) -> StageCount:
     return replace(made, stage=f"synthesize/ipc{ipc}", storage=storage)
 
 
-def count_relabel(run: Run, ipc: int, label_set: str) -> StageCount:
-    c, info = run.config.relabel, run.info
-    num_images, networks = ipc * info.num_classes, [expert(run, name) for name in teacher_names(run)]
-    spans, sharded = label_spans(c.epochs, num_images, info.num_classes)
+@dataclass(frozen=True)
+class Labelling:
+    """What teachers take to label a set: FLOPs per image by name, bytes of their weights, and on the GPU of a call's work."""
+
+    per_image: Mapping[str, int]
+    weights: int
+    gpu: int
+
+
+def count_labelling(run: Run, num_images: int) -> Labelling:
+    networks = [expert(run, name) for name in teacher_names(run)]
     call = images_per_call(run, num_images)
     teachers = [forward_cost(network) for network in networks]
     per_image = {network.name: cost.flops for network, cost in zip(networks, teachers, strict=True)}
-    per_image[OTHER] = view_flops(info.image_size)
     weights = sum(weight_bytes(network)[0] for network in networks)
-    written = c.epochs * label_bytes(num_images, info.num_classes)
-    pixels = set_bytes(run, ipc)
-    units = [{name: len(span) * num_images * flops for name, flops in per_image.items()} for span in spans]
+    gpu = max(teacher_bytes(call, cost, run.info) for cost in teachers)
+    return Labelling({**per_image, OTHER: view_flops(run.info.image_size)}, weights, gpu)
+
+
+def count_relabel(run: Run, ipc: int, label_set: str) -> StageCount:
+    c, info = run.config.relabel, run.info
+    num_images, stage = ipc * info.num_classes, f"relabel/ipc{ipc}/{label_set}"
+    pixels, labelling = set_bytes(run, ipc), count_labelling(run, num_images)
+    weights = labelling.weights
+    if c.online:
+        return StageCount(stage, {}, (), Storage(1 + OWN, 0), driver_bytes(run) + pixels + weights)
+    encoding, epochs = label_encoding(c, info.num_classes), c.labelled_epochs
+    spans, sharded = label_spans(epochs, num_images, info.num_classes, encoding)
+    num_batches = len(batch_starts(num_images, c.resolved_batch_size(num_images)))
+    written = epochs * epoch_bytes(num_images, num_batches, info.num_classes, encoding)
+    written += file_bytes(info.num_classes, encoding) * (len(spans) if sharded else 1)
+    units = [{name: len(span) * num_images * flops for name, flops in labelling.per_image.items()} for span in spans]
     holding = pixels + weights + 8 * num_images * info.num_classes  # 8: logits of an epoch, as made and as stored
-    on_gpu = network_input_bytes(pixels) + weights + max(teacher_bytes(call, cost, info) for cost in teachers)
     return StageCount(
-        f"relabel/ipc{ipc}/{label_set}",
+        stage,
         {
-            "epochs": c.epochs,
-            "batches": c.epochs * len(batch_starts(num_images, c.resolved_batch_size(num_images))),
-            "image_views": c.epochs * num_images,
-            "teacher_images": c.epochs * num_images * len(networks),
+            "epochs": epochs,
+            "batches": epochs * num_batches,
+            "image_views": epochs * num_images,
+            "teacher_images": epochs * num_images * len(teacher_names(run)),
             "label_files": len(spans),
         },
-        (Phase(units, tasks_per_gpu(run), holding, on_gpu),),
+        (Phase(units, tasks_per_gpu(run), holding, network_input_bytes(pixels) + weights + labelling.gpu),),
         Storage(
             files=(len(spans) if sharded else 1) + OWN,
             bytes=written,
@@ -216,15 +237,26 @@ def teacher_bytes(num_images: int, teacher: Cost, info: DatasetInfo) -> int:
 
 
 def count_evaluate(run: Run, ipc: int) -> StageCount:
+    """Students, and with online labels their teachers as well."""
     c, num_images = run.config.evaluate, ipc * run.info.num_classes
     epochs, arms = run.config.student_epochs, [OURS, *c.baselines]
     each = [count_student(run, name, num_images, epochs, len(run.real.test)) for name in c.students]
     views = epochs * num_images * view_flops(run.info.image_size)
     students = [{name: one.flops, OTHER: views} for name, one in zip(c.students, each, strict=True)]
-    units = [student for _ in range(c.seeds) for student in students for _ in arms]
-    pixels = set_bytes(run, ipc)
-    holding = pixels + max(one.worker for one in each)
-    on_gpu = network_input_bytes(pixels) + max(one.gpu for one in each)
+    is_online = run.config.relabel.online
+    labelling = count_labelling(run, num_images) if is_online else Labelling({}, 0, 0)
+    pixels, weights = set_bytes(run, ipc), labelling.weights
+    asked = {name: epochs * num_images * flops for name, flops in labelling.per_image.items()}
+    units = []
+    for _ in range(c.seeds):
+        for student in students:
+            units += [student if arm == "random_hard" else added(student, asked) for arm in arms]
+    holding = pixels + weights + max(one.worker for one in each)
+    on_gpu = (
+        network_input_bytes(pixels) * (2 if is_online else 1)
+        + weights
+        + max(max(one.gpu for one in each), labelling.gpu)
+    )
     return StageCount(
         f"evaluate/ipc{ipc}",
         {
@@ -235,6 +267,11 @@ def count_evaluate(run: Run, ipc: int) -> StageCount:
         },
         (Phase(units, tasks_per_gpu(run), holding, on_gpu),),
         Storage(1 + OWN, 0, partial_files=len(units)),
-        driver_bytes(run) + (len(arms) + 1) * pixels,
-        len(arms) * pixels + split_bytes(run, run.real.test),
+        driver_bytes(run) + (len(arms) + 1) * pixels + weights,
+        len(arms) * pixels + weights + split_bytes(run, run.real.test),
     )
+
+
+def added(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """Return the sum of two units' FLOPs, by network."""
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}

@@ -5,6 +5,7 @@ from typing import Any
 
 from cvdd_ray.config import RunConfig
 from cvdd_ray.data.artifacts import Manifest
+from cvdd_ray.data.labels import ONLINE
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.recipes import without_place
@@ -23,6 +24,11 @@ class DistilledSet:
     @property
     def num_images(self) -> int:
         return self.images.facts["images"]
+
+    @property
+    def has_label_files(self) -> bool:
+        """Whether soft labels are stored: online ones are not."""
+        return self.labels is not None and ONLINE not in self.labels.files
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Publishable:
         """Return the stages whose files are published."""
         found = {f"pretrain/{name}": manifest for name, manifest in self.experts.items()}
         for one in self.sets:
-            found |= {m.stage: m for m in (one.images, one.labels) if m is not None}
+            found |= {m.stage: m for m in (one.images, one.labels if one.has_label_files else None) if m is not None}
         return found
 
 
@@ -96,6 +102,10 @@ def read_publishable(path: str, ipc: int | None) -> Publishable:
         if state.get(f"evaluate/ipc{n}") == "outdated":
             missing.append(f"IPC {n}: the accuracy table is out of date and left out (`cvdd evaluate` makes it anew)")
         sets.append(DistilledSet(n, reader.manifests[images], reader.manifests.get(labels)))
+        if sets[-1].labels and not sets[-1].has_label_files:
+            missing.append(
+                f"IPC {n} has online labels, which are not stored (relabel.online): its images are exported alone"
+            )
     voted = [name.split("/")[1] for name in sets[0].images.identity["inputs"] if name.startswith("pretrain/")]
     experts = {name: reader.manifests[f"pretrain/{name}"] for name in voted if f"pretrain/{name}" in reader.manifests}
     if gone := [name for name in voted if name not in experts]:

@@ -1,31 +1,43 @@
 """relabel: soft labels from the committee, every BatchNorm on its small batch's own statistics (BSSL; spec section 6)."""
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cvdd_ray.config import RelabelConfig
 from cvdd_ray.core.experts import ExpertSpec, work_device
 from cvdd_ray.core.keys import key
+from cvdd_ray.core.labelcodes import LabelEncoding
 from cvdd_ray.core.softlabels import (
     BatchPlan,
     Teacher,
+    batch_starts,
     batch_views,
     batches_together,
     committee_logits,
     epoch_plans,
 )
 from cvdd_ray.core.voting import prior_weights
-from cvdd_ray.data.artifacts import Written
+from cvdd_ray.data.artifacts import Manifest, Written
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
-from cvdd_ray.data.labels import label_batch, write_label_file
+from cvdd_ray.data.labels import (
+    FULL,
+    ONLINE,
+    encoding_metadata,
+    epoch_bytes,
+    file_bytes,
+    label_batch,
+    write_label_file,
+)
 from cvdd_ray.data.shards import cuts, per_shard, shard_name
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ConfigError
+from cvdd_ray.errors import ArtifactError, ConfigError
+from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import RANDOM, START, load_image_set
 from cvdd_ray.stages.pretrain import load_experts
@@ -78,9 +90,10 @@ def label_sets(run: Run) -> list[str]:
 
 def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
     """Make `relabel/ipc<n>/<label set>`: labels.arrow, one record batch per epoch, bound to its images by hash; many
-    labels as several files, which workers write side by side.
+    labels as several files, which workers write side by side; with `relabel.online` only online.json, what teachers need.
 
-    Raises ArtifactError when images, experts or priors are missing, ConfigError for teachers outside the committee.
+    Raises ArtifactError when images, experts or priors are missing, ConfigError for teachers outside the committee and as
+    `label_encoding`.
     """
     c = run.config.relabel
     kind = LABEL_SETS[label_set]
@@ -97,7 +110,8 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
         else [1 / len(names)] * len(names)
     )
     resolved = {"teachers": names, "bn_group": c.resolved_bn_group(len(images))}
-    settings = {"label_set": label_set, "relabel": {**c.model_dump(), **resolved}, "data.flip": run.config.data.flip}
+    encoding = label_encoding(c, len(run.classes))
+    settings = {"label_set": label_set, "relabel": {**c.settings(), **resolved}, "data.flip": run.config.data.flip}
     inputs = {
         "images": images.content(),
         "prior": prior_hash,
@@ -108,10 +122,18 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
         if work is None:
             return
         about = {"images": images.content(), "num_classes": len(run.classes), "teachers": names,
-                 "teacher_weights": list(weights), "relabel": c.model_dump(), "classes": run.classes}  # fmt: skip
-        spans, sharded = label_spans(c.epochs, len(images), len(run.classes))
+                 "teacher_weights": list(weights), "relabel": c.settings(), "classes": run.classes}  # fmt: skip
+        if c.online:
+            experts = {name: hashes[f"pretrain/{name}"] for name in names}
+            about |= {"teachers": experts, "seed": run.config.seed, "flip": run.config.data.flip}
+            work.commit({ONLINE: json.dumps(about, indent=1).encode()}, epochs=c.epochs, teachers=names)
+            return
+        about |= encoding_metadata(encoding)
+        if c.stored_epochs:
+            about["replayed_epochs"] = c.epochs
+        spans, sharded = label_spans(c.labelled_epochs, len(images), len(run.classes), encoding)
         if sharded:
-            about |= {"epochs": c.epochs, "epochs_per_shard": len(spans[0])}
+            about |= {"epochs": c.labelled_epochs, "epochs_per_shard": len(spans[0])}
         pieces = {f"epochs{span.start:05d}": span for span in spans}
         items = {name: (span, work.piece(name)) for name, span in pieces.items()}
         views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, c)
@@ -122,17 +144,29 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
             files = {shard_name(LABELS, k, len(spans)): file for k, file in enumerate(written.values())}
         else:
             files = {shard_name(LABELS, 0, 1): join_labels(run.store, work.piece(LABELS), written.values(), about)}
-        work.commit(files, epochs=c.epochs, teachers=names)
+        work.commit(files, epochs=c.labelled_epochs, teachers=names)
 
 
-def label_bytes(num_images: int, num_classes: int) -> int:
-    """Return about how many bytes an epoch of labels takes: fp16 logits, image index, crop, flip and partner per image."""
-    return num_images * (2 * num_classes + 24)
+def label_encoding(c: RelabelConfig, num_classes: int) -> LabelEncoding:
+    """Return how labels are stored.  Raises ConfigError for a `top_k` that leaves no class out."""
+    if c.top_k is not None and c.top_k >= num_classes:
+        raise ConfigError(
+            f"relabel.top_k: got {c.top_k}, but there are {num_classes} classes; use fewer, or leave it out to store all"
+        )
+    return LabelEncoding(c.precision, c.top_k, c.tail)
 
 
-def label_spans(epochs: int, num_images: int, num_classes: int) -> tuple[list[range], bool]:
+def full_bytes(num_images: int, num_classes: int, c: RelabelConfig) -> int:
+    """Return what float16 labels of every class would take for every epoch of a student, in one file."""
+    num_batches = len(batch_starts(num_images, c.resolved_batch_size(num_images)))
+    return file_bytes(num_classes) + c.epochs * epoch_bytes(num_images, num_batches, num_classes)
+
+
+def label_spans(
+    epochs: int, num_images: int, num_classes: int, encoding: LabelEncoding = FULL
+) -> tuple[list[range], bool]:
     """Return which epochs one worker writes together, and whether each such file is a shard of the set or they are joined."""
-    most = per_shard(label_bytes(num_images, num_classes))
+    most = per_shard(num_images * (encoding.image_bytes(num_classes) + 24))  # 24: index, crop, flip, partner, some room
     return cuts(epochs, min(MAX_EPOCHS_PER_PIECE, most)), epochs > most
 
 
@@ -161,10 +195,11 @@ def label_epochs(
 ) -> bytes:  # fmt: skip
     """Write the labels of some epochs as a label file of the given name, an epoch at a time; return its sha256."""
     epochs, name = item
+    encoding = label_encoding(views.c, info.num_classes)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for done, rows in enumerate(labelled_epochs(images_NCHW, info, teachers, weights, views, epochs), 1):
-            yield label_batch(rows)
+            yield label_batch(rows, encoding)
             report({"done": done / len(epochs)})
 
     with store.writer(name) as stream:
@@ -173,22 +208,73 @@ def label_epochs(
 
 
 def labelled_epochs(
-    images_NCHW: np.ndarray, info: DatasetInfo, teachers: list[ExpertSpec], weights, views: ViewSettings, epochs: range
+    images_NCHW: np.ndarray,
+    info: DatasetInfo,
+    teachers: Sequence[ExpertSpec],
+    weights,
+    views: ViewSettings,
+    epochs: range,
 ) -> Iterator[list[tuple[BatchPlan, Tensor]]]:
     """Yield the (plan, logits_BK in fp32) of every batch, epoch by epoch, for a set of uint8 images."""
-    device = work_device()
-    c = views.c
-    networks = [Teacher(spec.build(device), batchnorm=c.batchnorm, scope=c.scope) for spec in teachers]
-    pixels = network_inputs(images_NCHW, info, device)
-    bn_group = c.resolved_bn_group(len(pixels))
-    together = batches_together(c.resolved_batch_size(len(pixels)), bn_group)
+    labeller = Labeller(images_NCHW, info, teachers, weights, views)
     for epoch in epochs:
-        plans = views.plans(epoch, len(pixels))
+        yield labeller.epoch(epoch)
+
+
+class Labeller:
+    """Teachers, built on the work device, that label a set of uint8 images."""
+
+    def __init__(
+        self, images_NCHW: np.ndarray, info: DatasetInfo, teachers: Sequence[ExpertSpec], weights: Sequence[float],
+        views: ViewSettings,
+    ):  # fmt: skip
+        device, c = work_device(), views.c
+        self._networks = [Teacher(spec.build(device), batchnorm=c.batchnorm, scope=c.scope) for spec in teachers]
+        self._pixels, self._weights, self._views = network_inputs(images_NCHW, info, device), weights, views
+        self._bn_group = c.resolved_bn_group(len(self._pixels))
+        self._together = batches_together(c.resolved_batch_size(len(self._pixels)), self._bn_group)
+
+    def epoch(self, epoch: int) -> list[tuple[BatchPlan, Tensor]]:
+        """Return the (plan, logits_BK in fp32) of every batch of an epoch; they depend on nothing but its number."""
+        plans = self._views.plans(epoch, len(self._pixels))
         logits: list[Tensor] = []
-        with torch.random.fork_rng(enabled=c.scope == "full"):  # dropout draws from torch's own generator
-            if c.scope == "full":
-                torch.manual_seed(key(views.seed, "dropout", epoch))
-            for some in cuts(len(plans), together):
-                batches = [batch_views(pixels, plans[k]) for k in some]
-                logits += [part.cpu() for part in committee_logits(networks, weights, batches, bn_group)]
-        yield list(zip(plans, logits, strict=True))
+        is_random = self._views.c.scope == "full"
+        with torch.random.fork_rng(enabled=is_random):  # dropout draws from torch's own generator
+            if is_random:
+                torch.manual_seed(key(self._views.seed, "dropout", epoch))
+            for some in cuts(len(plans), self._together):
+                batches = [batch_views(self._pixels, plans[k]) for k in some]
+                logits += [p.cpu() for p in committee_logits(self._networks, self._weights, batches, self._bn_group)]
+        return list(zip(plans, logits, strict=True))
+
+
+@dataclass(frozen=True)
+class OnlineLabels:
+    """What says the labels of a set of images while students train (`relabel.online`)."""
+
+    teachers: tuple[ExpertSpec, ...]
+    weights: tuple[float, ...]
+    views: ViewSettings
+
+
+def online_labels(run: Run, labelled: Manifest, images: str) -> OnlineLabels:
+    """Return the teachers that a finished stage with online labels names, for images with the content hash `images`.
+
+    Raises ArtifactError when it was made for other images, or with other experts than are there now.
+    """
+    about: Mapping[str, Any] = json.loads(run.artifacts.read(labelled, ONLINE))
+    where = run.store.display(labelled.stage)
+    if about["images"] != images:
+        raise ArtifactError(
+            f"{where} labels image set {about['images'][:12]}, but was asked about {images[:12]}; use the images it was made "
+            f"for, or run `cvdd relabel` for these"
+        )
+    specs, hashes = load_experts(run)
+    other = [name for name, content in about["teachers"].items() if hashes.get(f"pretrain/{name}") != content]
+    if other:
+        raise ArtifactError(
+            f"{where} is labelled online by experts that are not there any more: {', '.join(other)}; make it anew with "
+            f"`cvdd relabel --overwrite`"
+        )
+    views = ViewSettings(about["seed"], about["flip"], run.info.image_size, RelabelConfig(**about["relabel"]))
+    return OnlineLabels(tuple(specs[name] for name in about["teachers"]), tuple(about["teacher_weights"]), views)

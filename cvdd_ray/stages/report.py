@@ -11,7 +11,16 @@ from cvdd_ray.data.storage import Store
 from cvdd_ray.stages.evaluate import RESULTS
 from cvdd_ray.stages.initialize import RANDOM, START
 from cvdd_ray.stages.pictures import ARM_COLOURS, MAX_INDICES, contact_sheet, curves_figure
-from cvdd_ray.stages.summary import MAX_VOTES, TRAINING_SETS, ResultRow, RunReader, RunSummary, read_summary
+from cvdd_ray.stages.planreport import size
+from cvdd_ray.stages.summary import (
+    MAX_VOTES,
+    TRAINING_SETS,
+    LabelSummary,
+    ResultRow,
+    RunReader,
+    RunSummary,
+    read_summary,
+)
 from cvdd_ray.stages.synthesize import DISTILLED, TRACE
 
 HEADER = ("IPC", "training set", "student", "last %", "best %", "seeds")
@@ -107,11 +116,20 @@ def _facts(summary: RunSummary) -> dict[str, str]:
     }
     for one in summary.ipcs:
         if one.image_bytes is not None:
-            labels = ", ".join(f"{name} {size / 1024:.1f} KiB" for name, size in one.label_bytes.items())
-            images = f"{one.images} images, {one.image_bytes / 1024:.1f} KiB"
+            labels = ", ".join(f"{name} {_label_size(labels)}" for name, labels in one.labels.items())
+            images = f"{one.images} images, {size(one.image_bytes)}"
             facts[f"IPC {one.ipc}"] = f"{images}; labels: {labels or 'none'}"
     states = [stage if state == "missing" else f"{stage} ({state})" for stage, state in summary.unfinished().items()]
     return {**facts, "not finished": ", ".join(states)} if states else facts
+
+
+def _label_size(labels: LabelSummary) -> str:
+    """Return the size of a label set, and how many times smaller it is than it might be."""
+    if labels.is_online:
+        return f"online, nothing stored ({size(labels.full_bytes)} as float16 for every epoch)"
+    if labels.full_bytes is None:
+        return size(labels.bytes)
+    return f"{size(labels.bytes)} ({labels.full_bytes / labels.bytes:.1f}x smaller than float16 for every epoch)"
 
 
 def _markdown(summary: RunSummary, pictures: list[str]) -> str:

@@ -10,13 +10,15 @@ from cvdd_ray.config import RunConfig
 from cvdd_ray.data.artifacts import MANIFEST, Artifacts, Manifest
 from cvdd_ray.data.datasets import dataset_info
 from cvdd_ray.data.imagesets import ImageSet, read_table
+from cvdd_ray.data.labels import FULL
 from cvdd_ray.data.shards import load_images, shard_files
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
+from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.recipes import validate
 from cvdd_ray.stages.evaluate import OURS, RESULTS
 from cvdd_ray.stages.pipeline import CONFIG
-from cvdd_ray.stages.relabel import BASELINE_LABELS, LABEL_SETS, LABELS
+from cvdd_ray.stages.relabel import BASELINE_LABELS, LABEL_SETS, LABELS, full_bytes, label_encoding
 from cvdd_ray.stages.synthesize import DISTILLED
 from cvdd_ray.stages.votes import PRIORS, needs_priors, priors_hash
 
@@ -72,8 +74,19 @@ class ResultRow:
 
 
 @dataclass(frozen=True)
+class LabelSummary:
+    """A label set: its bytes on disk, what float16 logits of every class for every epoch would take (None: they are what is
+    stored), and whether teachers say it as students train, with nothing stored (`relabel.online`)."""
+
+    bytes: int
+    full_bytes: int | None
+    is_online: bool
+
+
+@dataclass(frozen=True)
 class IpcSummary:
-    """One IPC: number of distilled images, votes per image index, seconds per stage, table rows, bytes on disk."""
+    """One IPC: number of distilled images, votes per image index, seconds per stage, table rows, bytes on disk, label sets
+    by name."""
 
     ipc: int
     images: int
@@ -81,7 +94,7 @@ class IpcSummary:
     wall_s: dict[str, float]
     rows: tuple[ResultRow, ...]
     image_bytes: int | None
-    label_bytes: dict[str, int]
+    labels: dict[str, LabelSummary]
 
 
 @dataclass(frozen=True)
@@ -268,8 +281,16 @@ def _ipc_summary(reader: RunReader, ipc: int) -> IpcSummary:
         images, votes, image_bytes = len(rows), tuple(by_index.values()), reader.size(stage, DISTILLED)
     return IpcSummary(
         ipc, images, votes, {stage: manifests[stage].wall_s for stage in own}, _rows(reader, ipc), image_bytes,
-        {stage.split("/")[-1]: reader.size(stage, LABELS) for stage in labels},
+        {stage.split("/")[-1]: _labels(reader, stage, ipc) for stage in labels},
     )  # fmt: skip
+
+
+def _labels(reader: RunReader, stage: str, ipc: int) -> LabelSummary:
+    identity = reader.manifests[stage].identity
+    c, num_classes = RelabelConfig(**identity["settings"]["relabel"]), len(identity["classes"])
+    is_full = not c.online and c.stored_epochs is None and label_encoding(c, num_classes) == FULL
+    full = None if is_full else full_bytes(ipc * num_classes, num_classes, c)
+    return LabelSummary(reader.size(stage, LABELS), full, c.online)
 
 
 def _rows(reader: RunReader, ipc: int) -> tuple[ResultRow, ...]:

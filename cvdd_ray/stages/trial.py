@@ -15,7 +15,6 @@ from cvdd_ray.core.students import StudentTraining
 from cvdd_ray.core.training import accuracy
 from cvdd_ray.data.artifacts import Artifacts, Manifest
 from cvdd_ray.data.datasets import network_inputs
-from cvdd_ray.data.shards import open_labels
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.recipes import with_settings
@@ -124,7 +123,7 @@ class TrialStudents:
         require_one_worker(run.config)
         c, self._info, ipc = run.config, run.info, run.config.ipc[0]
         arm = load_arms(run, ipc)[0][OURS]
-        self._labels = open_labels(run.store, arm.label_files, arm.content)
+        self._epoch_rows = arm.soft_labels(run.store, run.info)
         self._holdout = split_for_workers(run.real.holdout, self._info)
         self._device = work_device()
         pixels = network_inputs(arm.images_NCHW, self._info, self._device)
@@ -145,7 +144,7 @@ class TrialStudents:
 
     def run_epoch(self) -> None:
         """Train every student for one epoch on the same labelled views."""
-        rows = list(on_device(self._labels.epoch(self.next_epoch), self._device))
+        rows = list(on_device(self._epoch_rows(self.next_epoch), self._device))
         both = [training.run_epoch(rows, self._settings) for training in self._trainings]
         self._last = tuple(statistics.fmean(values) for values in zip(*both, strict=True))
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 from helpers import Listener, normal, tiny_net, write_image_set, write_labels
 
-from cvdd_ray.config import RelabelConfig, RunConfig
+from cvdd_ray.config import RunConfig
+from cvdd_ray.core.labelcodes import LabelEncoding, decode_logits, encode_logits
 from cvdd_ray.core.softlabels import Teacher, batch_views, committee_logits, epoch_plans
 from cvdd_ray.core.students import StudentSettings, train_student
 from cvdd_ray.data.artifacts import Artifacts, StagePlan, Written, sha256
 from cvdd_ray.data.datasets import DatasetInfo, normalize
 from cvdd_ray.data.imagesets import ImageSet
-from cvdd_ray.data.labels import SoftLabels, label_batch
+from cvdd_ray.data.labels import SoftLabels, encoding_metadata, epoch_bytes, file_bytes, label_batch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
+from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.stages import evaluate, relabel
 
 SIZE, CLASSES, EPOCHS = 12, 4, 3
@@ -231,6 +233,73 @@ def test_a_student_refuses_labels_of_other_images(tmp_path):
     arm = evaluate.Arm(pixels(20), np.arange(20) % CLASSES, "b" * 64, {"relabel/ipc1/distilled/labels.arrow": ""})
     with pytest.raises(ArtifactError, match=r"labels image set a{12}"):
         run_student(arm, store)
+
+
+# --- smaller files -------------------------------------------------------------------------------------------------
+
+ENCODINGS = [
+    LabelEncoding("int8"), LabelEncoding(top_k=2), LabelEncoding(top_k=2, tail="spread"), LabelEncoding("int8", 2, "spread")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+def test_a_file_says_how_it_is_encoded_and_is_read_as_float32_logits(encoding):
+    epochs = [made_up(e) for e in range(2)]
+    about = {"images": "abc", "num_classes": CLASSES, **encoding_metadata(encoding)}
+    data = write_labels([label_batch(rows, encoding) for rows in epochs], about)
+    labels = read(data)
+    assert labels.encoding == encoding
+    for epoch, rows in enumerate(epochs):
+        for (plan, logits), (plan2, logits2) in zip(rows, labels.epoch(epoch), strict=True):
+            assert_same_plan(plan, plan2)
+            assert logits2.dtype == torch.float32
+            assert torch.equal(logits2, decode_logits(encode_logits(logits, encoding), CLASSES))
+            if encoding.top_k:
+                largest = logits.sort(dim=1, descending=True).indices[:, :2]
+                assert float((logits2 - logits).gather(1, largest).abs().max()) < 0.2
+    first = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0).to_pylist()[0]  # 16 images
+    kept = encoding.top_k or CLASSES
+    assert {name: len(first[name]) for name in encoding.parts(CLASSES)} == {
+        name: 16 * (kept if name in ("logits", "classes") else 1) for name in encoding.parts(CLASSES)
+    }
+
+
+@pytest.mark.parametrize("encoding", [LabelEncoding(), *ENCODINGS], ids=str)
+@pytest.mark.parametrize(("num_images", "num_classes", "batch_size"), [(20, 10, 10), (100, 10, 16), (200, 1000, 16)])
+def test_bytes_of_an_epoch_are_those_of_a_file(encoding, num_images, num_classes, batch_size):
+    epochs = [label_batch(made_up(e, num_images, num_classes, batch_size), encoding) for e in range(5)]
+    written = len(write_labels(epochs, {"images": "x", "num_classes": num_classes}))
+    one = epoch_bytes(num_images, -(-num_images // batch_size), num_classes, encoding)
+    assert file_bytes(num_classes, encoding) + 5 * one == pytest.approx(written, rel=0.05, abs=1000)
+    assert one == pytest.approx(
+        (written - len(write_labels(epochs[:1], {"images": "x", "num_classes": 1}))) / 4, rel=0.02
+    )
+
+
+def test_a_file_that_is_encoded_in_another_way_than_it_says_is_refused():
+    batch, about = label_batch(made_up(0), LabelEncoding("int8")), {"images": "abc", "num_classes": CLASSES}
+    for encoding in ({}, {"precision": "int8", "top_k": 2}, {"precision": "int4"}, {"bits": 8}):
+        data = write_labels([batch], {**about, "encoding": encoding})
+        with pytest.raises(ArtifactError, match=r"labels\.arrow is not a soft-label file"):
+            read(data)
+    assert read(write_labels([batch], {**about, "encoding": {"precision": "int8"}})).num_epochs == 1
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_student_takes_stored_epochs_again_and_again(shards):
+    about = {"images": "abc", "num_classes": CLASSES, "replayed_epochs": 8}
+    cut = [range(3)] if shards == 1 else [range(2), range(2, 3)]
+    if shards > 1:
+        about |= {"epochs": 3, "epochs_per_shard": 2}
+    files = [write_labels([label_batch(made_up(e)) for e in span], about) for span in cut]
+    labels = SoftLabels([lambda data=data: pa.py_buffer(data) for data in files], "labels", "abc")
+    assert (labels.stored_epochs, labels.num_epochs) == (3, 8)
+    for epoch in range(8):
+        for (plan, logits), (plan2, logits2) in zip(labels.epoch(epoch), made_up(epoch % 3), strict=True):
+            assert_same_plan(plan, plan2)
+            assert torch.equal(logits, logits2.half().float())
+    with pytest.raises(ArtifactError, match=r"epoch 8 has no soft labels, the file holds 0\.\.7"):
+        labels.epoch(8)
 
 
 # --- the file as an artifact ---------------------------------------------------------------------------------------

@@ -13,14 +13,16 @@ import pytest
 from helpers import write_image_set
 from PIL import Image
 
+from cvdd_ray.core.labelcodes import LabelEncoding
 from cvdd_ray.data.imagesets import ImageSet, encode_png
-from cvdd_ray.data.labels import SCHEMA
+from cvdd_ray.data.labels import label_schema
 from cvdd_ray.data.layouts import (
-    LABEL_FEATURES,
+    VIEW_FEATURES,
     as_published,
     class_folders,
     image_features,
     image_rows,
+    label_features,
     write_class_folders,
     write_parquet,
     write_tars,
@@ -66,16 +68,21 @@ def test_parquet_shards_hold_all_rows_in_order(batches, tmp_path, shard_bytes):
 def test_parquet_is_cut_into_row_groups_so_that_one_epoch_can_be_read_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("cvdd_ray.data.layouts.ROW_GROUP_BYTES", 100)
     epochs = [pa.record_batch([pa.array([e] * 10, pa.int32())], ["epoch"]) for e in range(6)]
-    write_parquet(tmp_path / "data", epochs, {"epoch": LABEL_FEATURES["epoch"]}, 1 << 30)
+    write_parquet(tmp_path / "data", epochs, {"epoch": VIEW_FEATURES["epoch"]}, 1 << 30)
     file = pq.ParquetFile(tmp_path / "data/train-00000-of-00001.parquet")
     cut = [file.metadata.row_group(k) for k in range(file.num_row_groups)]
     assert [group.num_rows for group in cut] == [20, 20, 20]
     assert cut[1].column(0).statistics.min == 2
 
 
-def test_label_features_are_those_of_the_stored_schema():
-    features = datasets.Features.from_dict(LABEL_FEATURES)
-    assert features.arrow_schema.remove_metadata() == SCHEMA
+@pytest.mark.parametrize(
+    "encoding",
+    [LabelEncoding(), LabelEncoding("int8"), LabelEncoding("int8", 3, "spread"), LabelEncoding("float16", 3)],
+)
+def test_label_features_are_those_of_the_stored_schema(encoding):
+    schema = label_schema(1000, encoding)
+    features = datasets.Features.from_dict(label_features(schema))
+    assert features.arrow_schema.remove_metadata() == schema
 
 
 def test_tars_are_read_by_tarfile_and_carry_no_time_or_user(batches, tmp_path):

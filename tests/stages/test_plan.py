@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cvdd_ray import plan
 from cvdd_ray.core.costs import Network, view_flops, vote_cost, weight_bytes
-from cvdd_ray.data.labels import label_batch
+from cvdd_ray.data.labels import epoch_bytes, label_batch
 from cvdd_ray.data.shards import open_labels
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
@@ -27,7 +27,7 @@ from cvdd_ray.stages.pipeline import STAGES, remember
 from cvdd_ray.stages.plan import loads
 from cvdd_ray.stages.planreport import rich_plan, size
 from cvdd_ray.stages.planwork import Phase
-from cvdd_ray.stages.relabel import ViewSettings, label_bytes
+from cvdd_ray.stages.relabel import ViewSettings
 from cvdd_ray.stages.speeds import Speed
 
 TINY = {
@@ -162,7 +162,7 @@ def test_label_bytes_are_those_of_a_file():
         label_batch([(p, torch.zeros(len(p.image_index_B), 1000)) for p in views.plans(e, 200)]) for e in range(2)
     ]
     written = write_labels(epochs, {"images": "x", "num_classes": 1000})
-    assert 2 * label_bytes(200, 1000) == pytest.approx(len(written), rel=0.01)
+    assert 2 * epoch_bytes(200, 13, 1000) == pytest.approx(len(written), rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------- ImageNet-1K
@@ -264,7 +264,10 @@ def test_work_grows_with_the_images_per_class():
     for before, after in zip(ten.stages[2:], fifty.stages[2:], strict=True):
         if before.stage.startswith(("synthesize", "relabel/ipc10/distilled")):
             assert after.flops == 5 * before.flops
-            assert after.storage.bytes == pytest.approx(5 * before.storage.bytes)
+            # of labels: short last batches and headers of epochs do not grow
+            assert after.storage.bytes == pytest.approx(
+                5 * before.storage.bytes, rel=0.2 if "relabel" in after.stage else 1e-6
+            )
     made = ten.stage("synthesize/ipc10"), fifty.stage("synthesize/ipc50")
     assert [stage.counts["jobs"] for stage in made] == [10, 50]
     assert [stage.counts["groups"] for stage in made] == [2, 10]  # five jobs each

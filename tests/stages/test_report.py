@@ -106,7 +106,8 @@ def test_summary_per_ipc(finished):
     )
     assert two.image_bytes == (finished / "synthesize/ipc2/distilled.arrow").stat().st_size
     sizes = {name: (finished / f"relabel/ipc2/{name}/labels.arrow").stat().st_size for name in ("distilled", "random")}
-    assert two.label_bytes == sizes
+    assert {name: labels.bytes for name, labels in two.labels.items()} == sizes
+    assert {labels.full_bytes for labels in two.labels.values()} == {None}  # they are what is stored
     assert two.wall_s["synthesize/ipc2"] == manifest(finished, "synthesize/ipc2")["wall_s"]
     assert set(two.wall_s) == {
         "initialize/ipc2", "synthesize/ipc2", "relabel/ipc2/distilled", "relabel/ipc2/random", "evaluate/ipc2",
