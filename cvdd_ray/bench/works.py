@@ -21,9 +21,9 @@ from cvdd_ray.bench.sides import Comparison, Round, compare
 from cvdd_ray.config import RunConfig
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.costs import Network, vote_cost
-from cvdd_ray.core.experts import work_device
-from cvdd_ray.core.models import build_seeded
-from cvdd_ray.core.softlabels import Teacher, batch_starts, batch_views, batches_together, committee_logits
+from cvdd_ray.core.experts import ExpertSpec, work_device
+from cvdd_ray.core.models import build_seeded, save_weights
+from cvdd_ray.core.softlabels import batch_starts
 from cvdd_ray.core.students import StudentSettings, StudentTraining, adamw_groups
 from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group
 from cvdd_ray.core.training import PretrainSettings, pretrain_expert
@@ -36,10 +36,11 @@ from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
 from cvdd_ray.stages.grouptask import VoterSettings
 from cvdd_ray.stages.real import train_batches
-from cvdd_ray.stages.relabel import ViewSettings, teacher_names
+from cvdd_ray.stages.relabel import Labeller, ViewSettings, teacher_names
 from cvdd_ray.stages.synthesize import image_jobs, job_groups, synthesis_settings
 from cvdd_ray.stages.votes import vote_of_image
 
+SPEC = ("name", "num_classes", "image_size", "width")  # what describes a network
 PRIOR = 50.0  # of every expert
 SQUEEZE_IMAGES = 512  # of one round of pretraining
 
@@ -184,18 +185,17 @@ def label_work(run: Run, ipc: int, _iterations: int = 1) -> LabelWork:
 
 
 def our_relabel(work: LabelWork) -> Round:
-    c = work.views.c
-    networks = [Teacher(random_network(network), batchnorm=c.batchnorm, scope=c.scope) for network in work.teachers]
-    pixels = network_inputs(work.pixels(), work.info, work_device())
-    together = batches_together(c.resolved_batch_size(work.num_images), work.bn_group)
+    teachers = [
+        ExpertSpec(
+            *(getattr(network, name) for name in SPEC), save_weights(random_network(network, torch.device("cpu")))
+        )
+        for network in work.teachers
+    ]
+    labeller = Labeller(work.pixels(), work.info, teachers, work.weights, work.views)
 
     def round_() -> int:
-        plans, logits = work.views.plans(0, work.num_images), []
-        for first in range(0, len(plans), together):
-            batches = [batch_views(pixels, plan) for plan in plans[first : first + together]]
-            logits += committee_logits(networks, work.weights, batches, work.bn_group)
         with tempfile.TemporaryFile() as stream:
-            write_label_file(stream, [label_batch(zip(plans, logits, strict=True))], _about(work))
+            write_label_file(stream, [label_batch(labeller.epoch(0))], _about(work))
         return work.num_images
 
     return round_
