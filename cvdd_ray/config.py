@@ -342,6 +342,12 @@ class RuntimeConfig(Section):
         return self
 
     @property
+    def actors_per_gpu(self) -> int:
+        """Workers of a synthesis that share a GPU."""
+        share = self.gpus_per_actor
+        return int(1 / share + 1e-9) if share and share < 1 else 1
+
+    @property
     def gpus_per_task(self) -> float:
         """GPU share of a task (an expert's training, label epochs, a student) where there are GPUs."""
         return 0.25 if self.gpus_per_actor is None else min(1.0, self.gpus_per_actor)

@@ -101,12 +101,6 @@ def set_bytes(run: Run, ipc: int) -> int:
     return ipc * run.info.index_bytes
 
 
-def actors_per_gpu(run: Run) -> int:
-    """Return how many workers of a synthesis share a GPU."""
-    share = run.config.runtime.gpus_per_actor
-    return int(1 / share + 1e-9) if share and share < 1 else 1
-
-
 def tasks_per_gpu(run: Run) -> int:
     """Return how many tasks share a GPU."""
     share = run.config.runtime.gpus_per_task
@@ -171,7 +165,7 @@ def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, itera
     else:
         coordinating = in_store = 0
         units = [{**group.flops(), OTHER: iterations * group.view_flops} for group in groups.values()]
-        phase = Phase(units, actors_per_gpu(run), held + 2 * saved, committee_bytes(cut, networks))
+        phase = Phase(units, c.runtime.actors_per_gpu, held + 2 * saved, committee_bytes(cut, networks))
     return StageCount(
         "synthesis",
         {

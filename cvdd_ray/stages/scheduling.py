@@ -4,8 +4,9 @@ Pure policy: the runtime on Ray and the simulation of `cvdd plan` ask the same o
 its jobs alone, so results never depend on what is decided here.
 """
 
+import time
 from bisect import insort
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 VOTES_AHEAD = (
     4  # questions per expert actor that are on their way or wait for it: in simulations of ImageNet-1K with 5 to 64
@@ -96,6 +97,36 @@ class Scheduler:
     def _put(self, name: str) -> None:
         names = self._waiting.setdefault(self._kind[name], [])
         insort(names, name, key=lambda name: (-self._cost[name], self._place[name]))
+
+
+class GroupClock:
+    """Times groups by their reports of the share that is done: from the first one on, since a group may go on from a
+    checkpoint and its worker may still be loading. Passes reports on to `on_report`."""
+
+    def __init__(self, on_report: Callable[[str, dict], None], clock: Callable[[], float] = time.monotonic):
+        self._on_report, self._clock = on_report, clock
+        self._since: dict[
+            str, tuple[float, float]
+        ] = {}  # time and share done, when it began and then at the first report
+        self._heard: set[str] = set()
+
+    def begin(self, name: str) -> None:
+        """A worker has been given the group."""
+        self._since[name] = self._clock(), 0.0
+        self._heard.discard(name)
+
+    def report(self, name: str, report: dict) -> None:
+        """Something was reported of a group."""
+        if name not in self._heard:
+            self._heard.add(name)
+            self._since[name] = self._clock(), float(report.get("done", 0.0))
+        self._on_report(name, report)
+
+    def took_s(self, name: str) -> float | None:
+        """Return the seconds that the whole of a group takes that is finished now; None where all of it had been done when
+        it was first heard of."""
+        since, done = self._since[name]
+        return (self._clock() - since) / (1 - done) if done < 1 else None
 
 
 class LeastBusy:

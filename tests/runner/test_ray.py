@@ -46,7 +46,7 @@ def local_hashes(tmp_path_factory):
     return distil(tiny_config(), tmp_path_factory.mktemp("local"), LocalRuntime(1))
 
 
-@pytest.mark.parametrize("placement", ["spread", "colocate"])
+@pytest.mark.parametrize("placement", ["spread", "colocate", "auto"])
 def test_ray_and_local_make_equal_artifacts(placement, make_config, tmp_path, ray_runtime, local_hashes, monkeypatch):
     config = make_config(runtime={"placement": placement})
     monkeypatch.setattr(ray_runtime, "_c", config.runtime)
@@ -59,15 +59,16 @@ def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ra
 
     def kill_once(name: str, report: dict) -> None:
         if not killed and report["done"] >= 0.3:
-            victims = [*ray_runtime._experts.values(), *coordinators]
+            experts = [actor for actors in ray_runtime._experts.actors.values() for actor in actors]
+            victims = [*experts, *crews[-1].workers.actors.values()]
             killed.extend(victims)
             for victim in victims:
                 ray.kill(victim, no_restart=False)
 
     events = []
     monkeypatch.setattr(ray_runtime, "_on_event", lambda event, facts: events.append((event, facts)))
-    spread, coordinators = ray_runtime._spread, []
-    monkeypatch.setattr(ray_runtime, "_spread", lambda *a: coordinators.extend(spread(*a)) or coordinators)
+    muster, crews = ray_runtime._muster, []
+    monkeypatch.setattr(ray_runtime, "_muster", lambda *a: (made := muster(*a), crews.append(made[0]))[0])
     run = Run(make_config(synthesize={"iterations": 40}), str(tmp_path / "disturbed"), runtime=ray_runtime)
     calm = Run(run.config, str(tmp_path / "calm"))
     for this in (run, calm):
@@ -104,7 +105,8 @@ def ballot(groups=2) -> Ballot:
 
 def test_ray_committee_answers_as_the_local_one(ray_runtime):
     specs = {"a": spec(), "b": spec("shufflenet_v2")}
-    actors = {name: ray.remote(num_cpus=0)(ExpertActor).remote(value, VOTER, 1) for name, value in specs.items()}
+    expert = ray.remote(num_cpus=0)(ExpertActor)
+    actors = {name: [expert.remote(value, VOTER, 1)] for name, value in specs.items()}
     asked = {"a": ballot(2), "b": ballot(1)}
     local = local_committee(specs, VOTER, torch.device("cpu")).vote(asked)
     remote = RayCommittee(actors).vote(asked)
