@@ -42,6 +42,10 @@ WORK = {
 AGAIN = {"actor_started": "actor_restarted", "task_started": "task_retried"}
 
 
+class LostWorkerError(Exception):
+    """The process or node of a worker is gone; others can do its work."""
+
+
 OnEvent = Callable[[str, dict[str, Any]], None]
 
 
@@ -163,6 +167,7 @@ class RayRuntime:
                 for name, worker in scheduler.assign():
                     running[crew.run(worker, name, tasks[name])] = name, worker
                     watch.begin(name)
+                    self._on_event("group_assigned", {"what": name, "worker": worker})
                 ready, _ = ray.wait([*running, *arriving], timeout=POLL_S)
                 if self._watch(left, set(tasks), watch.report, work):
                     silent_s = math.inf
@@ -175,8 +180,8 @@ class RayRuntime:
                         continue
                     name, worker = running.pop(ref)
                     try:
-                        result = self._get(ref, name, LOST if losses[name] < MAX_RESTARTS else ())
-                    except LOST:
+                        result = self._get(ref, name, losses[name] < MAX_RESTARTS)
+                    except LostWorkerError:
                         losses[name] += 1
                         returned = scheduler.lose(worker)
                         running = {other: at for other, at in running.items() if at[1] != worker}
@@ -224,8 +229,8 @@ class RayRuntime:
     def _welcome(self, crew: Colocated | Spread, scheduler: Scheduler, worker: str, ref: Any) -> None:
         """A worker says that it is there, or Ray that it has been started in vain too often."""
         try:
-            self._get(ref, worker, LOST if len(crew.workers.actors) > 1 else ())
-        except LOST:
+            self._get(ref, worker, len(crew.workers.actors) > 1)
+        except LostWorkerError:
             crew.workers.dismiss(worker)
         else:
             scheduler.join(worker, crew.slots)
@@ -277,14 +282,14 @@ class RayRuntime:
                 on_report(name, report)
         return bool(reports or events)
 
-    def _get(self, result_ref: Any, name: str, expected: tuple[type[RayError], ...] = ()) -> Any:
-        """Return a result; an error a user can mend is raised as itself, not wrapped in a remote traceback. Errors of the
-        machinery that are `expected` are raised without being counted as a failure."""
+    def _get(self, result_ref: Any, name: str, replaceable: bool = False) -> Any:
+        """Return a result; an error a user can mend is raised as itself, not wrapped in a remote traceback. Where the worker
+        is `replaceable`, its loss is no failure but LostWorkerError."""
         try:
             return ray.get(result_ref)
         except RayError as error:
-            if isinstance(error, expected) and not isinstance(error, RayTaskError):
-                raise
+            if replaceable and isinstance(error, LOST) and not isinstance(error, RayTaskError):
+                raise LostWorkerError from error
             cause = mendable(error)
             self._failed(type(cause.cause if isinstance(cause, RayTaskError) else cause).__name__, name)
             if cause is error:

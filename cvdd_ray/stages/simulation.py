@@ -94,7 +94,7 @@ def ceiling(took_s: Sequence[float], gpus: int) -> float:
     of the k * GPUs + 1 longest someone has k + 1, which take at least as long as the k + 1 shortest of them."""
     longest = sorted(took_s, reverse=True)
     rounds = (len(longest) - 1) // gpus
-    wall_s = max(sum(longest[k * gpus - k : k * gpus + 1]) for k in range(rounds + 1))
+    wall_s = max((sum(longest[k * gpus - k : k * gpus + 1]) for k in range(rounds + 1)), default=0.0)
     return min(1.0, sum(longest) / (gpus * wall_s)) if wall_s else 0.0
 
 
