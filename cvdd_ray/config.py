@@ -317,8 +317,7 @@ class RuntimeConfig(Section):
     wait_s: PositiveFloat = 900.0
     """How long to wait for nodes and GPUs, in seconds."""
     placement: Literal["auto", "spread", "colocate"] = "spread"
-    """`spread`: one expert per actor, and several actors of an expert where there are more GPUs, coordinators send views;
-    `colocate`: each worker holds the whole committee; `auto`: `colocate` where every GPU holds it, or there is none."""
+    """`spread`: experts are actors, asked by coordinators; `colocate`: each worker holds them all; `auto`: that if GPUs can."""
     num_cpus: Positive | None = None
     """CPU cores of a private cluster; None: all of this machine."""
     object_store_mb: Annotated[int, Field(ge=75)] = 512
@@ -340,12 +339,6 @@ class RuntimeConfig(Section):
         if self.address is None and (self.wait_for_nodes or self.wait_for_gpus):
             raise ValueError("wait_for_nodes and wait_for_gpus have no effect without an address (e.g. auto)")
         return self
-
-    @property
-    def actors_per_gpu(self) -> int:
-        """Workers of a synthesis that share a GPU."""
-        share = self.gpus_per_actor
-        return int(1 / share + 1e-9) if share and share < 1 else 1
 
     @property
     def gpus_per_task(self) -> float:

@@ -20,7 +20,7 @@ from cvdd_ray.runner.actors import Mailbox, tell
 from cvdd_ray.runner.cluster import connect, gpu_memory, places_with, student_share, task_share, worker_bundles
 from cvdd_ray.runner.crews import MAX_RESTARTS, Colocated, Experts, Spread
 from cvdd_ray.runner.metrics import record
-from cvdd_ray.stages.groupwork import committee_bytes, fits, group_of
+from cvdd_ray.stages.groupwork import committee_bytes, fits, group_of, workers_per_gpu
 from cvdd_ray.stages.runtime import read_and_work
 from cvdd_ray.stages.scheduling import GroupClock, Scheduler
 
@@ -222,7 +222,7 @@ class RayRuntime:
         if c.gpus_per_actor == 0 or not places_with("GPU"):
             return True
         self.release()  # what experts hold would keep the GPUs from answering
-        needed, memory = c.actors_per_gpu * committee_bytes(groups, networks), gpu_memory()
+        needed, memory = workers_per_gpu(c.gpus_per_actor) * committee_bytes(groups, networks), gpu_memory()
         self._on_event("placement", {"colocate": fits(needed, memory), "needed_bytes": needed, "gpu_bytes": memory})
         return fits(needed, memory)
 

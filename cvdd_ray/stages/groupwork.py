@@ -58,6 +58,11 @@ def committee_bytes(groups: Sequence[Sequence[Job]], networks: Mapping[str, Netw
     )
 
 
+def workers_per_gpu(gpus_per_actor: float | None) -> int:
+    """Return how many workers with the whole committee share a GPU."""
+    return int(1 / gpus_per_actor + 1e-9) if gpus_per_actor and gpus_per_actor < 1 else 1
+
+
 def fits(needed: int, memory: int) -> bool:
     """Return whether a GPU with so many bytes of memory holds what is needed, and what CUDA and cuDNN take besides."""
     return needed <= FITTING * memory

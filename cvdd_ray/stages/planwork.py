@@ -12,7 +12,15 @@ from cvdd_ray.core.synthesis import Job, is_traced
 from cvdd_ray.data.shards import shard_tasks
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
-from cvdd_ray.stages.groupwork import FLOAT, asked_images, committee_bytes, group_bytes, group_of, largest_asked
+from cvdd_ray.stages.groupwork import (
+    FLOAT,
+    asked_images,
+    committee_bytes,
+    group_bytes,
+    group_of,
+    largest_asked,
+    workers_per_gpu,
+)
 from cvdd_ray.stages.real import SMALL, TEST_BATCH
 from cvdd_ray.stages.simulation import Group
 from cvdd_ray.stages.synthesize import job_groups
@@ -165,7 +173,9 @@ def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, itera
     else:
         coordinating = in_store = 0
         units = [{**group.flops(), OTHER: iterations * group.view_flops} for group in groups.values()]
-        phase = Phase(units, c.runtime.actors_per_gpu, held + 2 * saved, committee_bytes(cut, networks))
+        phase = Phase(
+            units, workers_per_gpu(c.runtime.gpus_per_actor), held + 2 * saved, committee_bytes(cut, networks)
+        )
     return StageCount(
         "synthesis",
         {
