@@ -316,7 +316,7 @@ class RuntimeConfig(Section):
     """GPUs that must be free before work starts; an autoscaling cluster is asked for them. None: one if nothing could work."""
     wait_s: PositiveFloat = 900.0
     """How long to wait for nodes and GPUs, in seconds."""
-    placement: Literal["auto", "spread", "colocate"] = "spread"
+    placement: Literal["auto", "spread", "colocate"] = "auto"
     """`spread`: experts are actors, asked by coordinators; `colocate`: each worker holds them all; `auto`: that if GPUs can."""
     num_cpus: Positive | None = None
     """CPU cores of a private cluster; None: all of this machine."""

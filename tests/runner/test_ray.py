@@ -69,7 +69,9 @@ def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ra
     monkeypatch.setattr(ray_runtime, "_on_event", lambda event, facts: events.append((event, facts)))
     muster, crews = ray_runtime._muster, []
     monkeypatch.setattr(ray_runtime, "_muster", lambda *a: (made := muster(*a), crews.append(made[0]))[0])
-    run = Run(make_config(synthesize={"iterations": 40}), str(tmp_path / "disturbed"), runtime=ray_runtime)
+    config = make_config(synthesize={"iterations": 40}, runtime={"placement": "spread"})
+    monkeypatch.setattr(ray_runtime, "_c", config.runtime)
+    run = Run(config, str(tmp_path / "disturbed"), runtime=ray_runtime)
     calm = Run(run.config, str(tmp_path / "calm"))
     for this in (run, calm):
         pretrain(this)
