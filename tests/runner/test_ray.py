@@ -108,13 +108,17 @@ def ballot(groups=2) -> Ballot:
 def test_ray_committee_answers_as_the_local_one(ray_runtime):
     specs = {"a": spec(), "b": spec("shufflenet_v2")}
     expert = ray.remote(num_cpus=0)(ExpertActor)
-    actors = {name: [expert.remote(value, VOTER, 1)] for name, value in specs.items()}
+    actors = {
+        name: [expert.remote(value, VOTER, 1) for _ in range(2 if name == "a" else 1)] for name, value in specs.items()
+    }
     asked = {"a": ballot(2), "b": ballot(1)}
     local = local_committee(specs, VOTER, torch.device("cpu")).vote(asked)
-    remote = RayCommittee(actors).vote(asked)
-    for name in specs:
-        for part in ("gradient_GBCHW", "cross_entropy_G", "bn_term_G"):
-            assert torch.equal(getattr(local[name], part), getattr(remote[name], part)), (name, part)
+    committee = RayCommittee(actors)
+    for remote in (committee.vote(asked), committee.vote(asked)):  # by the first and by the second actor of a
+        for name in specs:
+            for part in ("gradient_GBCHW", "cross_entropy_G", "bn_term_G"):
+                assert torch.equal(getattr(local[name], part), getattr(remote[name], part)), (name, part)
+    assert committee._least_busy._asked == {("a", 0): 1, ("a", 1): 1, ("b", 0): 2}
     assert not torch.equal(local["a"].gradient_GBCHW[:1], local["b"].gradient_GBCHW)
 
 

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import ray
 from clusters import RayCluster
 
-from cvdd_ray.runner.cluster import room, worker_places
+from cvdd_ray.runner import crews
+from cvdd_ray.runner.cluster import Share, room, worker_places
 from cvdd_ray.stages import synthesize as module
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import initialize
@@ -98,6 +100,39 @@ def test_a_lost_workers_group_is_finished_by_the_other(local, tmp_path, ray_runt
     assert len(crews[0].workers.actors) == 0  # ended with the stage
 
 
+def test_experts_get_more_actors_when_places_come(local, tmp_path, ray_runtime, monkeypatch):
+    """Room for two actors at first, for three after the first group has begun: ResNet-18, which costs most, gets the third,
+    and the coordinators know of it before the last group begins."""
+    places, events, known = [2], [], []
+    monkeypatch.setattr(crews, "GROW_S", 0.0)
+    monkeypatch.setattr(crews, "worker_places", lambda c: places[0])
+    monkeypatch.setattr(crews, "room", lambda share: places[0])
+    config = local[0].config.model_copy(
+        update={"runtime": local[0].config.runtime.model_copy(update={"placement": "spread"})}
+    )
+    monkeypatch.setattr(ray_runtime, "_c", config.runtime)
+    ray_runtime.release()
+    muster, made = ray_runtime._muster, []
+    monkeypatch.setattr(ray_runtime, "_muster", lambda *a: (mustered := muster(*a), made.append(mustered[0]))[0])
+
+    def tell(event: str, facts: dict) -> None:
+        events.append((event, facts))
+        if event == "group_assigned":
+            there = made[0]._there
+            known.append({name: len(actors) for name, actors in there.items()})
+            deadline = time.monotonic() + 120
+            while places[0] == 3 and len(there["resnet18"]) < 2 and time.monotonic() < deadline:
+                made[0].grow(1)
+                time.sleep(0.1)
+            places[0] = 3
+
+    monkeypatch.setattr(ray_runtime, "_on_event", tell)
+    assert distil(beside(local[0], tmp_path, ray_runtime, config)) == local[1]
+    assert known[0] == {"resnet18": 1, "shufflenet_v2": 1}
+    assert known[-1] == {"resnet18": 2, "shufflenet_v2": 1}
+    ray_runtime.release()
+
+
 GROWING = """
 import json, os, sys, time
 token = os.environ["RAY_AUTH_TOKEN"]
@@ -173,8 +208,6 @@ class TestPlaces:
         assert worker_places(make_config(runtime=runtime).runtime) == places
 
     def test_room_grows_with_nodes(self, monkeypatch):
-        from cvdd_ray.runner.cluster import Share
-
         for nodes in (1, 3):
             self.have(monkeypatch, *[{"CPU": 2.0, "GPU": 2.0}] * nodes)
             assert room(Share(0.0, 1.0)) == 2 * nodes
