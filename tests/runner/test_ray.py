@@ -241,6 +241,17 @@ class TestShares:
             self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0, "GPU": gpus})
             assert [lack_places() for lack_places in asked] == answers
 
+    def test_lost_gpus_cost_experts_their_second_actors(self, monkeypatch, make_config):
+        """Four actors of two experts, one GPU each as the user has set: three GPUs will do, one will not."""
+        c, now = make_config(runtime={"gpus_per_actor": 1}).runtime, 0.0
+        self.have(monkeypatch, {"GPU": 4.0})
+        lack_places = outgrown(c, expert_share(c, 4), 4, fewest=2, clock=lambda: now)
+        answers = []
+        for now, gpus in ((0, 4.0), (1, 1.0), (30, 1.0), (31, 3.0), (50, 3.0)):  # noqa: B007 - the clock
+            self.have(monkeypatch, {"GPU": gpus})
+            answers.append(lack_places())
+        assert answers == [False] * 4 + [True]
+
     def test_tasks_get_their_threads_but_no_more_than_a_node_has(self, monkeypatch, make_config):
         self.have(monkeypatch, {"CPU": 8.0}, {"CPU": 2.0})
         assert task_share(make_config(runtime={"threads_per_actor": 4}).runtime) == Share(4.0, 0.0)
