@@ -117,6 +117,9 @@ def plan_command(
     classes: Annotated[int | None, typer.Option("--classes", help="Number of classes, where nothing says.")] = None,
     train_images: Annotated[int | None, typer.Option("--train-images", help="Number of train images.")] = None,
     test_images: Annotated[int | None, typer.Option("--test-images", help="Number of test images.")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Also how busy 1 to 256 GPUs are in synthesis, for both placements.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:  # fmt: skip
     """How large a run is: work, files, memory, and times for so many GPUs. Nothing is run."""
@@ -126,7 +129,7 @@ def plan_command(
     planned = cvdd_ray.plan(
         load_config(recipe, set_ or []), nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, utilization=utilization,
         flops_per_s=flops_per_s, calibrate=calibrate, num_classes=classes, train_images=train_images,
-        test_images=test_images,
+        test_images=test_images, simulate=simulate,
     )  # fmt: skip
     if json_:
         print(json.dumps(planned.plain(), indent=1))

@@ -257,8 +257,8 @@ class RuntimeConfig(Section):
     """GPUs that must be free before work starts; an autoscaling cluster is asked for them. None: one if nothing could work."""
     wait_s: PositiveFloat = 900.0
     """How long to wait for nodes and GPUs, in seconds."""
-    placement: Literal["spread", "colocate"] = "spread"
-    """`spread`: one expert per actor, coordinators send views; `colocate`: each worker holds the whole committee."""
+    placement: Literal["auto", "spread", "colocate"] = "auto"
+    """`spread`: experts are actors, asked by coordinators; `colocate`: each worker holds them all; `auto`: that if GPUs can."""
     num_cpus: Positive | None = None
     """CPU cores of a private cluster; None: all of this machine."""
     object_store_mb: Annotated[int, Field(ge=75)] = 512
@@ -268,7 +268,7 @@ class RuntimeConfig(Section):
     threads_per_actor: Positive = 1
     """Torch threads of every actor and task."""
     groups_in_flight: Positive = 2
-    """Job groups the coordinator drives at once, so that no expert waits for it."""
+    """Job groups that a coordinator drives at once; there are as many coordinators as keep the experts busy."""
     log_format: Literal["plain", "json"] = "plain"
     """What the command writes to stderr: lines for people, or one JSON object per event (stages, progress, pieces of
     work, checkpoints, failures) for programs."""

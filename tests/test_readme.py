@@ -121,6 +121,20 @@ def test_the_table_of_label_sizes_is_what_files_take():
         assert size(taken) == stated, about
 
 
+def test_the_table_of_busy_gpus_is_what_plan_simulates():
+    changes = ([], ["synthesize.class_chunk=50"], ["ipc=[50]"])
+    alone = ["runtime.gpus_per_actor=1"]
+    plans = [
+        cvdd_ray.plan(load_config("imagenet1k-ipc10", [*alone, *more]), gpu="h100", simulate=True) for more in changes
+    ]
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+%) \| ([\d.]+%) \| ([\d.]+%) \| ([\d.]+%) \|$", README, re.M)
+    expected = [
+        (str(each[0].gpus), *(f"{one.busy['colocate']:.1%}" for one in each), f"{each[0].busy['spread']:.1%}")
+        for each in zip(*(planned.simulated for planned in plans), strict=True)
+    ]
+    assert rows == expected[3:]
+
+
 def test_the_utilization_of_the_published_code_is_what_plan_says():
     """8.2 s per image of 4,000 iterations on a card with 82.6 TFLOP/s."""
     made = cvdd_ray.plan(load_config("imagenet1k-ipc10")).stage("synthesize/ipc10")

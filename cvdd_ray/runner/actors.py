@@ -4,7 +4,7 @@ numpy travels, never torch tensors: a torch tensor in a call is pickled and copi
 """
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ class ExpertActor:
         if mailbox is not None:
             tell(mailbox, "actor_started", f"expert {spec.name}", ray.get_runtime_context().get_actor_id())
 
+    def ready(self) -> None:
+        """Return when this actor is there."""
+
     def vote(self, views_GBCHW: np.ndarray, labels_GB: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (gradient, cross-entropy per group, BN term per group) as float32 arrays."""
         device = prepare_torch(self._threads)
@@ -43,17 +46,26 @@ class ExpertActor:
 
 
 class Coordinator:
-    """Drives groups of jobs: draws views, asks the expert actors, adds up their gradients, steps, checkpoints."""
+    """Drives groups of jobs: draws views, asks the expert actors, adds up their gradients, steps, checkpoints. `number`
+    tells coordinators apart."""
 
-    def __init__(self, experts: Mapping[str, Any], store: Store, mailbox: Any, threads: int):
-        self._committee, self._store, self._mailbox = RayCommittee(experts), store, mailbox
+    def __init__(self, number: int, store: Store, mailbox: Any, threads: int):
+        self._committee, self._store, self._mailbox = RayCommittee(first=number), store, mailbox
         self._threads = threads
         self._device = torch.device("cpu")
         tell(mailbox, "actor_started", "coordinator", ray.get_runtime_context().get_actor_id())
 
-    def run_group(self, name: str, task: GroupTask) -> bytes:
+    def ready(self) -> None:
+        """Return when this actor is there."""
+
+    def meet(self, experts: Mapping[str, Sequence[Any]]) -> None:
+        """Ask these actors from now on, one or several of each expert."""
+        self._committee.meet(experts)
+
+    def run_group(self, name: str, task: GroupTask, experts: Mapping[str, Sequence[Any]]) -> bytes:
         """Finish one group and return its trace (`grouptask.run_group`); several calls may run at once, each in a thread."""
         prepare_torch(self._threads)
+        self.meet(experts)
         return _run_group(self._committee, name, task, self._store, self._device, self._mailbox)
 
 
@@ -63,18 +75,24 @@ class ColocatedWorker:
     def __init__(
         self, experts: Mapping[str, ExpertSpec], voter: VoterSettings, store: Store, mailbox: Any, threads: int
     ):
-        self._threads, self._device = threads, prepare_torch(threads)
-        idle = IdleShare("all")
-        self._committee = LocalCommittee(
-            {name: MeasuredVoter(name, local_voter(spec, voter, self._device), idle) for name, spec in experts.items()}
-        )
-        self._store, self._mailbox = store, mailbox
+        self._specs, self._voter, self._store, self._mailbox = experts, voter, store, mailbox
+        self._threads = threads
+        self._committee: LocalCommittee | None = None
         tell(mailbox, "actor_started", "worker", ray.get_runtime_context().get_actor_id())
+
+    def ready(self) -> None:
+        """Return when the committee is built."""
+        device = prepare_torch(self._threads)
+        if self._committee is None:  # not in __init__, so that its errors reach the caller as themselves
+            idle = IdleShare("all")
+            built = {name: local_voter(spec, self._voter, device) for name, spec in self._specs.items()}
+            self._committee = LocalCommittee({name: MeasuredVoter(name, one, idle) for name, one in built.items()})
 
     def run_group(self, name: str, task: GroupTask) -> bytes:
         """Finish one group and return its trace (`grouptask.run_group`)."""
-        prepare_torch(self._threads)
-        return _run_group(self._committee, name, task, self._store, self._device, self._mailbox)
+        self.ready()
+        device = prepare_torch(self._threads)
+        return _run_group(self._committee, name, task, self._store, device, self._mailbox)
 
 
 def _run_group(

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.errors import ConfigError
 
 # Results of up to 2 MiB travel inside the call: about 3 times faster than through the object store.
 INLINE_BYTES = 2 << 20
+FREE = 0.9  # of a shared cluster's cores are taken at most
+PROBE_GPUS, PROBE_S = 0.01, 120.0  # a worker process that imports torch for the first time takes a while
 ASK_S = 1.0
 PATIENCE_S = 10.0  # a lost node that Ray or the autoscaler starts again at once is not given up
 
@@ -127,34 +130,92 @@ def expert_share(c: RuntimeConfig, num_actors: int) -> Share:
         raise ConfigError(f"runtime.gpus_per_actor: {c.gpus_per_actor:g} asked for, the cluster has no GPU; use 0")
     if c.address is None:
         return Share(0.0, 0.0)
-    free = [0.9 * amount for amount in places_with("CPU")]
+    free = [FREE * amount for amount in places_with("CPU")]
     shares = {float(c.threads_per_actor), *(amount / k for amount in free for k in range(1, num_actors + 1))}
     shares = {math.floor(1000 * share) / 1000 for share in shares if share <= c.threads_per_actor}
     fitting = (share for share in shares if _fitting("CPU", free, share) >= num_actors)
     return Share(max(fitting, default=float(c.threads_per_actor)), 0.0)  # without a core: until nodes come
 
 
+def worker_places(c: RuntimeConfig) -> int:
+    """Return how many long-lived actors can work at the same time: one per GPU or, with `gpus_per_actor`, as many as fit;
+    without GPUs one per `threads_per_actor` cores; in a placement group one per bundle."""
+    if bundles := worker_bundles():
+        return len(bundles)
+    gpus = places_with("GPU")
+    if gpus and c.gpus_per_actor != 0:
+        return _fitting("GPU", gpus, c.gpus_per_actor or 1.0)
+    return int(sum(places_with("CPU")) / c.threads_per_actor)
+
+
+def room(share: Share) -> int:
+    """Return for how many actors with this share the living nodes have room; 0 for those that ask for nothing, and in a
+    placement group, which does not grow."""
+    if worker_bundles() is not None:
+        return 0
+    if share.num_gpus:
+        return _fitting("GPU", places_with("GPU"), share.num_gpus)
+    free = [FREE * amount for amount in places_with("CPU")]
+    return _fitting("CPU", free, share.num_cpus) if share.num_cpus else 0
+
+
+def gpu_memory() -> int:
+    """Return the bytes of memory of the smallest GPU: of any node, or of this process's placement group.
+
+    Raises ConfigError when a node does not say.
+    """
+    probe = ray.remote(num_cpus=0, num_gpus=PROBE_GPUS, max_retries=3)(_visible_memory)
+    if worker_bundles() is not None:
+        asked = [probe.remote()]
+    else:
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+        asked = [
+            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+            for node in nodes
+        ]
+    try:
+        return min(ray.get(asked, timeout=PROBE_S))
+    except RayError as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"runtime.placement=auto: a node did not say how much memory its GPUs have ({first}); set placement to "
+            f"colocate or spread"
+        ) from None
+
+
+def _visible_memory() -> int:
+    import torch
+
+    return min(torch.cuda.get_device_properties(k).total_memory for k in range(torch.cuda.device_count()))
+
+
 def outgrown(
-    c: RuntimeConfig, share: Share, num_actors: int, clock: Callable[[], float] = time.monotonic
+    c: RuntimeConfig,
+    share: Share,
+    num_actors: int,
+    fewest: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[], bool]:
     """Return a question to be asked again and again: have `num_actors` with this share lacked places for PATIENCE_S,
-    because nodes have left, where smaller shares of what is left would fit?
+    because nodes have left, where smaller shares of what is left, or `fewest` actors, would fit?
 
-    Shares that the user has set, and those of placement groups, wait for nodes to come back.
+    Shares that the user has set, and those of placement groups, wait for nodes to come back when not even `fewest` fit.
     """
     kind, each = ("GPU", share.num_gpus) if share.num_gpus else ("CPU", share.num_cpus)
     lacking_since, asked = math.inf, -math.inf
+    fewest, fixed = fewest or num_actors, bool(kind == "GPU" and c.gpus_per_actor)
 
     def lack_places() -> bool:
         nonlocal lacking_since, asked
         now = clock()
         if now - asked >= ASK_S:
             asked, places = now, places_with(kind)
-            lacking = bool(places) and _fitting(kind, places, each) < num_actors
+            fit = _fitting(kind, places, each)
+            lacking = bool(places) and fit < num_actors and (not fixed or fit >= fewest)
             lacking_since = min(lacking_since, now) if lacking else math.inf
         return now - lacking_since >= PATIENCE_S
 
-    if not each or worker_bundles() or (kind == "GPU" and c.gpus_per_actor):
+    if not each or worker_bundles():
         return lambda: False
     return lack_places
 

@@ -2,37 +2,31 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
-from cvdd_ray.core.experts import ExpertSpec, prepare_torch
+from cvdd_ray.core.costs import Network, forward_cost
+from cvdd_ray.core.experts import prepare_torch
 from cvdd_ray.errors import CvddError
-from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor, Mailbox, tell
-from cvdd_ray.runner.cluster import (
-    Share,
-    connect,
-    expert_share,
-    outgrown,
-    places_with,
-    student_share,
-    task_share,
-    worker_bundles,
-)
+from cvdd_ray.runner.actors import Mailbox, tell
+from cvdd_ray.runner.cluster import connect, gpu_memory, places_with, student_share, task_share, worker_bundles
+from cvdd_ray.runner.crews import MAX_RESTARTS, Colocated, Experts, Spread
 from cvdd_ray.runner.metrics import record
-from cvdd_ray.stages.grouptask import VoterSettings
+from cvdd_ray.stages.groupwork import committee_bytes, fits, group_of, workers_per_gpu
 from cvdd_ray.stages.runtime import read_and_work
+from cvdd_ray.stages.scheduling import GroupClock, Scheduler
 
 POLL_S = 0.25
 SILENT_S = 30.0  # when no worker has begun for so long, for twice as long ..., it is said
-# An actor is restarted when its process or node dies, its calls are repeated; one that keeps dying is given up.
-RESTARTED = {"max_restarts": 20, "max_task_retries": -1}
+LOST = (RayActorError, OutOfMemoryError)  # a worker's process or node is gone
 # Which stage a function of the stages works for, and what its pieces are.
 WORK = {
     "train_one": ("pretrain", "experts"),
@@ -46,6 +40,10 @@ WORK = {
 }
 # An actor or task that says a second time that it has started, has failed before.
 AGAIN = {"actor_started": "actor_restarted", "task_started": "task_retried"}
+
+
+class LostWorkerError(Exception):
+    """The process or node of a worker is gone; others can do its work."""
 
 
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -83,10 +81,7 @@ class RayRuntime:
         # would be waited for until Ray notices that their node has gone
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=self._here)(Mailbox).remote()
-        self._experts: dict[str, Any] = {}
-        self._holds: dict[str, tuple[ExpertSpec, VoterSettings]] = {}
-        self._kept: dict[str, Any] = {}
-        self._asked = Share(0.0, 0.0), 0  # of Ray for the latest distillation: each actor's share, and how many
+        self._experts = Experts()
 
     def map(self, function, items, shared=(), on_report=lambda name, report: None) -> Iterator[tuple[str, Any]]:
         share = task_share(self._c)
@@ -156,75 +151,103 @@ class RayRuntime:
                 yield name, result
 
     def _distill_here(self, tasks, specs, voter, store, on_report) -> Iterator[tuple[str, bytes]]:
-        """Yield results as groups finish, until all have or the actors no longer fit on the nodes that are there."""
-        start = self._colocated if self._c.placement == "colocate" else self._spread
-        drivers = start(specs, voter, store, len(tasks))
+        """Yield results as groups finish, until all have or the actors no longer fit on the nodes that are there.
+
+        The scheduler says which group goes to which worker. Workers that are lost give their groups back, and join again
+        when Ray has restarted them; where nodes join, more are started.
+        """
+        crew, scheduler = self._muster(tasks, specs, voter, store)
+        work = Work(stage_of(next(iter(tasks.values())).checkpoint), "jobs", {n: len(t.jobs) for n, t in tasks.items()})
+        watch, losses, left = GroupClock(on_report), Counter(), dict(tasks)
+        running: dict[Any, tuple[str, str]] = {}  # group and worker
+        asked, silent_s = time.monotonic(), SILENT_S
         try:
-            waiting = {
-                drivers[k % len(drivers)].run_group.remote(name, ray.put(task)): name
-                for k, (name, task) in enumerate(tasks.items())
-            }
-            sizes = {name: len(task.jobs) for name, task in tasks.items()}
-            stage = stage_of(next(iter(tasks.values())).checkpoint)
-            until = outgrown(self._c, *self._asked)
-            yield from self._results(waiting, on_report, Work(stage, "jobs", sizes), until)
+            arriving = crew.start()
+            while left and not crew.lacking():
+                for name, worker in scheduler.assign():
+                    running[crew.run(worker, name, tasks[name])] = name, worker
+                    watch.begin(name)
+                    self._on_event("group_assigned", {"what": name, "worker": worker})
+                ready, _ = ray.wait([*running, *arriving], timeout=POLL_S)
+                if self._watch(left, set(tasks), watch.report, work):
+                    silent_s = math.inf
+                elif (waited_s := time.monotonic() - asked) > silent_s:
+                    self._on_event("waiting", {"stage": work.stage, "waited_s": waited_s})
+                    silent_s *= 2
+                for ref in ready:
+                    if ref in arriving:
+                        self._welcome(crew, scheduler, arriving.pop(ref), ref)
+                        continue
+                    name, worker = running.pop(ref)
+                    try:
+                        result = self._get(ref, name, losses[name] < MAX_RESTARTS)
+                    except LostWorkerError:
+                        losses[name] += 1
+                        returned = scheduler.lose(worker)
+                        running = {other: at for other, at in running.items() if at[1] != worker}
+                        arriving[crew.workers.greet(worker)] = worker
+                        self._on_event("worker_lost", {"what": worker, "groups": returned})
+                        break  # what else is ready may have been this worker's; it stays ready
+                    scheduler.finish(name, watch.took_s(name))
+                    del left[name]
+                    self._done(name, work)
+                    yield name, result
+                arriving |= crew.grow(len(left))
         finally:
-            for driver in drivers:
-                ray.kill(driver)
+            record("cvdd_work_left", 0, stage=work.stage, unit=work.unit)
+            for ref in running:
+                ray.cancel(ref, force=False)
+            crew.end()
             if self._c.address is not None or places_with("GPU") or worker_bundles():
                 self.release()  # what the experts hold is needed by tasks of later stages
 
-    def _spread(self, specs, voter, store, num_groups) -> list:
-        """One actor per expert, kept for the next stage, and a coordinator with `groups_in_flight` groups at once."""
+    def _muster(self, tasks, specs, voter, store) -> tuple[Colocated | Spread, Scheduler]:
+        """Return the workers for some groups, not started yet, and who gets which."""
+        networks = {n: Network(spec.name, spec.num_classes, spec.image_size, spec.width) for n, spec in specs.items()}
+        flops = {name: 2 * forward_cost(network).flops for name, network in networks.items()}  # of a vote on an image
+        groups = {
+            name: group_of(task.jobs, flops, task.info.image_size, task.settings.iterations)
+            for name, task in tasks.items()
+        }
+        colocated = self._is_colocated([task.jobs for task in tasks.values()], networks)
+        args = self._c, specs, voter, store, self._mailbox
+        crew = Colocated(*args, len(tasks)) if colocated else Spread(*args, groups, self._experts)
+        return crew, Scheduler({name: group.flops() for name, group in groups.items()}, mixed=not colocated)
+
+    def _is_colocated(self, groups: Sequence, networks: Mapping[str, Network]) -> bool:
+        """Return what the placement is, or what `auto` makes of it: colocated where every GPU holds the committee."""
         c = self._c
-        missing = {name: spec for name, spec in specs.items() if (spec, voter) != self._holds.get(name)}
-        if missing:
-            strategy = (
-                {} if worker_bundles() else {"scheduling_strategy": "SPREAD"}
-            )  # a trial's actors stay in its places
-            self._asked = expert_share(c, len(specs)), len(specs)
-            remote = _remote(ExpertActor, self._asked[0], **strategy)
-            for name, spec in missing.items():
-                if name in self._experts:
-                    ray.kill(self._experts.pop(name))
-                spec_ref = ray.put(spec)
-                self._holds[name], self._kept[name] = (
-                    (spec, voter),
-                    spec_ref,
-                )  # a restarted actor asks for its spec again
-                self._experts[name] = remote.remote(spec_ref, voter, c.threads_per_actor, self._mailbox)
-        coordinator = _remote(Coordinator, Share(0.0, 0.0), max_concurrency=min(c.groups_in_flight, num_groups))
-        experts = {name: self._experts[name] for name in specs}
-        return [coordinator.remote(experts, store, self._mailbox, c.threads_per_actor)]
+        if c.placement != "auto":
+            return c.placement == "colocate"
+        if c.gpus_per_actor == 0 or not places_with("GPU"):
+            return True
+        self.release()  # what experts hold would keep the GPUs from answering
+        needed, memory = workers_per_gpu(c.gpus_per_actor) * committee_bytes(groups, networks), gpu_memory()
+        self._on_event("placement", {"colocate": fits(needed, memory), "needed_bytes": needed, "gpu_bytes": memory})
+        return fits(needed, memory)
+
+    def _welcome(self, crew: Colocated | Spread, scheduler: Scheduler, worker: str, ref: Any) -> None:
+        """A worker says that it is there, or Ray that it has been started in vain too often."""
+        try:
+            self._get(ref, worker, len(crew.workers.actors) > 1)
+        except LostWorkerError:
+            crew.workers.dismiss(worker)
+        else:
+            scheduler.join(worker, crew.slots)
 
     def release(self) -> None:
         """End the expert actors that are kept for the next stage."""
-        for actor in self._experts.values():
-            ray.kill(actor)
-        self._experts, self._holds, self._kept = {}, {}, {}
+        self._experts.release()
 
-    def _colocated(self, specs, voter, store, num_groups) -> list:
-        """As many workers as there are GPUs (or cores), each with the whole committee and whole groups."""
-        c = self._c
-        places = int(sum(places_with("GPU")) or sum(places_with("CPU")) / c.threads_per_actor)
-        num_workers = max(1, min(places, num_groups))
-        self._asked = expert_share(c, num_workers), num_workers
-        remote = _remote(ColocatedWorker, self._asked[0])
-        specs_ref = self._kept["committee"] = ray.put(specs)
-        return [remote.remote(specs_ref, voter, store, self._mailbox, c.threads_per_actor) for _ in range(num_workers)]
-
-    def _results(
-        self, waiting: Mapping[Any, str], on_report, work: Work, until: Callable[[], bool] = lambda: False
-    ) -> Iterator[tuple[str, Any]]:
-        """Yield (name, result) as work finishes and pass reports on; if one piece fails, or when `until` says so, the
-        rest is cancelled."""
+    def _results(self, waiting: Mapping[Any, str], on_report, work: Work) -> Iterator[tuple[str, Any]]:
+        """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""
         waiting = dict(waiting)
         known = set(waiting.values())  # a late report of an earlier call is nobody's
         asked, silent_s = time.monotonic(), SILENT_S
         try:
-            while waiting and not until():
+            while waiting:
                 ready, _ = ray.wait(list(waiting), timeout=POLL_S)
-                if self._watch(waiting, known, on_report, work):
+                if self._watch(waiting.values(), known, on_report, work):
                     silent_s = math.inf
                 elif (waited_s := time.monotonic() - asked) > silent_s:
                     self._on_event("waiting", {"stage": work.stage, "waited_s": waited_s})
@@ -239,9 +262,9 @@ class RayRuntime:
             for result_ref in waiting:
                 ray.cancel(result_ref, force=False)
 
-    def _watch(self, waiting: Mapping[Any, str], known: set[str], on_report, work: Work) -> bool:
+    def _watch(self, unfinished: Iterable[str], known: set[str], on_report, work: Work) -> bool:
         """Pass on what workers have reported, count what had to be started again, and return whether there was anything."""
-        left = sum(work.sizes[name] for name in waiting.values())
+        left = sum(work.sizes[name] for name in unfinished)
         record("cvdd_work_left", left, stage=work.stage, unit=work.unit)
         try:
             reports, events = ray.get(self._mailbox.take.remote())
@@ -259,11 +282,14 @@ class RayRuntime:
                 on_report(name, report)
         return bool(reports or events)
 
-    def _get(self, result_ref: Any, name: str) -> Any:
-        """Return a result; an error a user can mend is raised as itself, not wrapped in a remote traceback."""
+    def _get(self, result_ref: Any, name: str, replaceable: bool = False) -> Any:
+        """Return a result; an error a user can mend is raised as itself, not wrapped in a remote traceback. Where the worker
+        is `replaceable`, its loss is no failure but LostWorkerError."""
         try:
             return ray.get(result_ref)
         except RayError as error:
+            if replaceable and isinstance(error, LOST) and not isinstance(error, RayTaskError):
+                raise LostWorkerError from error
             cause = mendable(error)
             self._failed(type(cause.cause if isinstance(cause, RayTaskError) else cause).__name__, name)
             if cause is error:
@@ -286,11 +312,6 @@ class RayRuntime:
 
 def _work(function: Callable, items: Mapping[str, Any]) -> Work:
     return Work(*WORK.get(function.__name__, ("other", "pieces")), dict.fromkeys(items, 1))
-
-
-def _remote(plain: type, share: Share, **options: Any):
-    """Return the actor class of a plain class, restarted for ever."""
-    return ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, **RESTARTED, **options)(plain)
 
 
 def stage_of(checkpoint: str) -> str:

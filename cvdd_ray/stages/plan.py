@@ -2,7 +2,7 @@
 (and a listing of the data where nothing else says how many images there are)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,23 +13,39 @@ from cvdd_ray.data.outlines import outline
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import with_settings
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.plancounts import count_stages
-from cvdd_ray.stages.planwork import Phase, StageCount, Storage, expert
+from cvdd_ray.stages.groupwork import fits
+from cvdd_ray.stages.plancounts import count_stages, planned_jobs
+from cvdd_ray.stages.planwork import OTHER, StageCount, Storage, expert, planned_groups
 from cvdd_ray.stages.prior import check_given
+from cvdd_ray.stages.simulation import (
+    Group,
+    Played,
+    Wire,
+    ceiling,
+    expert_actors,
+    group_seconds,
+    play_colocated,
+    play_spread,
+    play_tasks,
+)
 from cvdd_ray.stages.speeds import UTILIZATION, Speed, assumed_speed, known_gpu, measured_speed
+from cvdd_ray.stages.synthesize import job_groups
 from cvdd_ray.stages.votes import needs_priors, picks_by_prior
 
-ONE_FLOP_PER_S = Speed(1.0, "")  # loads in FLOPs, where no speed is known
+ONE_FLOP_PER_S = Speed(1.0, "")  # times in FLOPs, where no speed is known
+SIMULATED_GPUS = tuple(2**k for k in range(9))
+BUSY = 0.95  # what is busy enough
+MIN_CHUNK = 5  # classes that are optimised together at least, where smaller chunks are looked for
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """One stage on the planned machines.
 
-    `units` are the pieces that can be worked on side by side (groups, label files, students), `useful_gpus` the most that
-    have work. `balance` is the share of the GPUs' time that would be work if all units cost the same, `busy` what it is with
-    their costs, dealt out in turn. `gpu_hours` is that work, `wall_hours` what the GPU with most of it takes; None without a
-    speed.
+    `units` are the pieces that can be worked on side by side (groups, label files, students; with placement `spread` expert
+    actors), `useful_gpus` the most that have work. `balance` is the share of the GPUs' time that would be work if all units
+    cost the same, `busy` what it is when they are handed out as a run does (stages/simulation.py). `gpu_hours` is that
+    work, `wall_hours` the time until the last is finished; None without a speed.
 
     Bytes of memory: in the driver (with placement `spread`: and the coordinator), in the object store of a node, in one
     worker process, on the fullest node (its object store and workers), on the fullest GPU. They are what the stage's data
@@ -56,8 +72,20 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class Simulated:
+    """The synthesis of one stage on so many GPUs, by placement: the share of their time that is work, and hours until it is
+    finished (None without a speed; messages then weigh nothing)."""
+
+    stage: str
+    gpus: int
+    busy: Mapping[str, float]
+    wall_hours: Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A run on `nodes` with `gpus_per_node` GPUs each; `notes` say what was assumed and what to look out for."""
+    """A run on `nodes` with `gpus_per_node` GPUs each; `notes` say what was assumed and what to look out for; `simulated` is
+    for other numbers of GPUs, where that was asked for."""
 
     dataset: str
     num_classes: int
@@ -72,6 +100,7 @@ class Plan:
     speed: Speed | None
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
+    simulated: tuple[Simulated, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -112,13 +141,14 @@ class Plan:
 def plan(
     config: RunConfig, *, nodes: int = 1, gpus_per_node: int = 1, gpu: str | None = None, utilization: float | None = None,
     flops_per_s: float | None = None, calibrate: bool = False, num_classes: int | None = None,
-    train_images: int | None = None, test_images: int | None = None,
+    train_images: int | None = None, test_images: int | None = None, simulate: bool = False, wire: Wire | None = None,
 ) -> Plan:  # fmt: skip
     """Return how large the run of `config` is on `nodes` * `gpus_per_node` GPUs, stage by stage.
 
     Times need a speed: measured on this machine (`calibrate`), given (`flops_per_s`, sustained by one GPU), or `utilization`
     (0.35 unless given) of the published peak of `gpu`; without one there are none. `num_classes`, `train_images` and
-    `test_images` are for data that the table of data sets does not know and that does not lie at `data.path`.
+    `test_images` are for data that the table of data sets does not know and that does not lie at `data.path`. `simulate`
+    adds how busy 1 to 256 GPUs would be in synthesis, for both placements; `wire` says what messages take.
     Raises ConfigError for settings that a run would refuse, too, and for an unknown GPU.
     """
     for name, given in (("nodes", nodes), ("gpus-per-node", gpus_per_node)):
@@ -134,17 +164,31 @@ def plan(
     if needs_priors(config) and config.prior.method == "given":
         check_given(run)
     counted = count_stages(run)
+    if config.runtime.placement == "auto":
+        placement = _fitting_placement(counted, gpu)
+        run = Run(with_settings(config, {"runtime.placement": placement}), "planned", real=real)
+        counted = count_stages(run) if placement == "spread" else counted
     if calibrate:
         calls = {name: (expert(run, name), *call) for name, call in largest_calls(counted).items()}
         speed = measured_speed(calls, config.runtime.threads_per_actor)
-    gpus = nodes * gpus_per_node
-    stages = tuple(_planned(stage, gpus, gpus_per_node, speed) for stage in counted)
+    runtime, timed = run.config.runtime, speed is not None
+    machines = _Machines(
+        nodes * gpus_per_node, gpus_per_node, speed or ONE_FLOP_PER_S, wire or Wire(), runtime.groups_in_flight
+    )
+    stages = tuple(_planned(stage, machines, runtime.placement, timed) for stage in counted)
     return Plan(
         dataset=run.info.name, num_classes=run.info.num_classes, image_size=run.info.image_size,
         train_images=len(real.train), holdout_images=len(real.holdout), test_images=len(real.test),
-        placement=config.runtime.placement, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, speed=speed,
-        stages=stages, notes=tuple(_notes(config, stages, gpus, gpu)),
+        placement=runtime.placement, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, speed=speed,
+        stages=stages, notes=tuple(_notes(run, counted, stages, machines, gpu)),
+        simulated=tuple(_simulated(counted, machines, timed)) if simulate else (),
     )  # fmt: skip
+
+
+def _fitting_placement(counted: Sequence[StageCount], gpu: str | None) -> str:
+    """Return what placement `auto` becomes: `colocate`, unless the GPU is known and does not hold the committee."""
+    needed = max((stage.phases[0].on_gpu() for stage in counted if stage.groups), default=0)
+    return "colocate" if gpu is None or fits(needed, known_gpu(gpu).memory_bytes) else "spread"
 
 
 def largest_calls(stages: Sequence[StageCount]) -> dict[str, tuple[int, int]]:
@@ -179,45 +223,110 @@ def _stated_speed(
     return assumed_speed(gpu, share)
 
 
-def loads(phase: Phase, gpus: int, speed: Speed) -> list[float]:
-    """Return the seconds of work of every GPU: units are dealt out in turn, as the runtime does; as long as there is room
-    for all of them at once, GPU after GPU is filled with `per_gpu` of them."""
-    seconds = [0.0] * gpus
-    at_once = len(phase.units) <= gpus * phase.per_gpu
-    for number, unit in enumerate(phase.units):
-        seconds[number // phase.per_gpu if at_once else number % gpus] += speed.seconds(unit)
-    return seconds
+@dataclass(frozen=True)
+class _Machines:
+    """What pieces are played through on: GPUs in nodes, their speed, what messages take, and what a run does with them."""
+
+    gpus: int
+    gpus_per_node: int
+    speed: Speed
+    wire: Wire
+    in_flight: int
+
+    def synthesis(self, stage: StageCount, placement: str) -> Played:
+        per_gpu = stage.phases[0].per_gpu if placement == "colocate" else 1
+        if placement == "colocate":
+            return play_colocated(stage.groups, self.gpus, self.speed.seconds, OTHER, per_gpu)
+        return play_spread(stage.groups, self.gpus, self.speed.seconds, self.in_flight, self.wire)
+
+    def play(self, stage: StageCount, placement: str) -> list[Played]:
+        """Return what comes out of every phase of a stage."""
+        first = [self.synthesis(stage, placement)] if stage.groups else []
+        return first + [
+            play_tasks([self.speed.seconds(unit) for unit in phase.units], self.gpus, phase.per_gpu)
+            for phase in stage.phases[len(first) :]
+        ]
 
 
-def _planned(stage: StageCount, gpus: int, gpus_per_node: int, speed: Speed | None) -> StagePlan:
-    if stage.spreads_experts:  # as many on a GPU as it takes
-        experts, *others = stage.phases
-        stage = replace(stage, phases=(replace(experts, per_gpu=-(-len(experts.units) // gpus)), *others))
-    each = [loads(phase, gpus, speed or ONE_FLOP_PER_S) for phase in stage.phases]
-    work, wall = sum(map(sum, each)), sum(map(max, each))
-    units = max((len(phase.units) for phase in stage.phases), default=0)
+def _planned(stage: StageCount, machines: _Machines, placement: str, with_times: bool) -> StagePlan:
+    gpus, phases = machines.gpus, list(stage.phases)
+    units = [len(phase.units) for phase in phases]
+    useful = [-(-len(phase.units) // phase.per_gpu) for phase in phases]
+    if stage.groups and placement == "spread":
+        actors = sum(expert_actors(stage.groups, gpus).values())
+        units[0], useful[0] = actors, sum(len(group.asks) for group in stage.groups.values())
+        phases[0] = replace(phases[0], per_gpu=-(-actors // gpus))
+    played = machines.play(stage, placement)
+    work, wall, most = sum(one.work_s for one in played), sum(one.wall_s for one in played), max(units, default=0)
+    workers = [min(n, phase.per_gpu * machines.gpus_per_node) for n, phase in zip(units, phases, strict=True)]
     return StagePlan(
-        stage=stage.stage, counts=stage.counts, units=units,
-        flops=sum(sum(unit.values()) for phase in stage.phases for unit in phase.units),
-        useful_gpus=max((-(-len(phase.units) // phase.per_gpu) for phase in stage.phases), default=0),
-        balance=units / (gpus * -(-units // gpus)) if units else 0.0,
+        stage=stage.stage, counts=stage.counts, units=most,
+        flops=sum(sum(unit.values()) for phase in phases for unit in phase.units),
+        useful_gpus=max(useful, default=0),
+        balance=most / (gpus * -(-most // gpus)) if most else 0.0,
         busy=work / (gpus * wall) if wall else 0.0,
-        gpu_hours=work / 3600 if speed else None,
-        wall_hours=wall / 3600 if speed else None,
+        gpu_hours=work / 3600 if with_times else None,
+        wall_hours=wall / 3600 if with_times else None,
         storage=stage.storage,
         driver_bytes=stage.driver_bytes,
         store_bytes=stage.store_bytes,
-        worker_bytes=max((phase.worker_bytes for phase in stage.phases), default=0),
+        worker_bytes=max((phase.worker_bytes for phase in phases), default=0),
         node_bytes=stage.store_bytes + max(
-            (min(len(phase.units), phase.per_gpu * gpus_per_node) * phase.worker_bytes for phase in stage.phases), default=0
+            (number * phase.worker_bytes for number, phase in zip(workers, phases, strict=True)), default=0
         ),
-        gpu_bytes=max((phase.on_gpu() for phase in stage.phases), default=0),
+        gpu_bytes=max((phase.on_gpu() for phase in phases), default=0),
         wire_bytes_per_iteration=stage.wire_bytes_per_iteration,
     )  # fmt: skip
 
 
-def _notes(config: RunConfig, stages: tuple[StagePlan, ...], gpus: int, gpu: str | None):
+def _simulated(counted: Sequence[StageCount], machines: _Machines, with_times: bool) -> Iterator[Simulated]:
+    for stage in counted:
+        for gpus in SIMULATED_GPUS if stage.groups else ():
+            there = replace(machines, gpus=gpus)
+            played = {placement: there.synthesis(stage, placement) for placement in ("colocate", "spread")}
+            yield Simulated(
+                stage=stage.stage, gpus=gpus, busy={name: one.busy(gpus) for name, one in played.items()},
+                wall_hours={name: one.wall_s / 3600 for name, one in played.items()} if with_times else None,
+            )  # fmt: skip
+
+
+def _coarse(run: Run, stage: StageCount, machines: _Machines) -> str | None:
+    """Return what keeps colocated workers from being busy, and what would change it; None when they are busy enough."""
+    gpus, ipc = machines.gpus, int(stage.stage.rpartition("ipc")[2])
+    per_gpu, iterations = stage.phases[0].per_gpu, run.config.synthesize.iterations
+
+    def busy(groups: Mapping[str, Group], on: int) -> float:
+        return play_colocated(groups, on, machines.speed.seconds, OTHER, per_gpu).busy(on)
+
+    def finer(settings: Mapping[str, int]) -> dict[str, Group]:
+        other = Run(with_settings(run.config, settings), "planned", real=run.real)
+        cut = job_groups(planned_jobs(other, ipc), other.config.synthesize.jobs_per_group)
+        return planned_groups(run, cut, stage.largest_calls, iterations)
+
+    reached = busy(stage.groups, gpus)
+    if reached >= BUSY:
+        return None
+    took_s = list(group_seconds(stage.groups, machines.speed.seconds, OTHER).values())
+    fewer = next(on for on in range(gpus - 1, 0, -1) if on == 1 or busy(stage.groups, on) >= BUSY)
+    chunk = run.config.synthesize.class_chunk or run.info.class_chunk
+    alone, levers = {"synthesize.jobs_per_group": 1}, []
+    if run.config.synthesize.jobs_per_group > 1:
+        levers.append((alone, "synthesize.jobs_per_group=1 (last bits differ)"))
+    for size in (size for k in range(1, 8) if (size := -(-chunk // 2**k)) >= MIN_CHUNK):
+        one = "" if run.config.synthesize.jobs_per_group == 1 else ", synthesize.jobs_per_group=1"
+        text = f"synthesize.class_chunk={size}{one} (other images: {size} are optimised together instead of {chunk})"
+        levers.append(({**alone, "synthesize.class_chunk": size}, text))
+    lever = next((text for settings, text in levers if busy(finer(settings), gpus) >= BUSY), None)
+    return (
+        f"{stage.stage}: GPUs are busy {reached:.0%} of the time, since its {len(took_s)} groups cannot be dealt out to "
+        f"{gpus} GPUs with more than {ceiling(took_s, gpus * per_gpu):.0%}; {BUSY:.0%} are reached on up to {fewer} GPU"
+        f"{'s' if fewer > 1 else ''}{f', or with {lever}' if lever else ''}"
+    )
+
+
+def _notes(run: Run, counted: Sequence[StageCount], stages: Sequence[StagePlan], machines: _Machines, gpu: str | None):
     """Yield what a reader should know before trusting or changing the numbers."""
+    config, gpus = run.config, machines.gpus
     memory = known_gpu(gpu).memory_bytes if gpu else math.inf
     for stage in stages:
         if stage.gpu_bytes > memory:
@@ -226,10 +335,14 @@ def _notes(config: RunConfig, stages: tuple[StagePlan, ...], gpus: int, gpu: str
                 f"processes share a GPU with runtime.gpus_per_actor=1, and synthesis takes less with smaller "
                 f"synthesize.jobs_per_group or class_chunk (which changes the images)"
             )
-    if config.runtime.placement == "spread" and any(
-        stage.wire_bytes_per_iteration and gpus > stage.useful_gpus for stage in stages
-    ):
-        yield "placement 'spread' uses one GPU per expert at most; runtime.placement=colocate uses one per group of jobs"
+    if config.runtime.placement == "spread":
+        for stage in stages:
+            if stage.wire_bytes_per_iteration and gpus > stage.useful_gpus:
+                yield f"{stage.stage}: placement 'spread' has questions for {stage.useful_gpus} GPUs at most"
+    else:
+        for stage in counted:
+            if stage.groups and stage.stage.startswith("synthesize") and (note := _coarse(run, stage, machines)):
+                yield note
     if config.runtime.gpus_per_task < 1 and any(
         stage.units > stage.useful_gpus and gpus > stage.useful_gpus for stage in stages
     ):

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 
 from cvdd_ray.core.costs import Cost, forward_cost, training_cost, view_flops, weight_bytes
 from cvdd_ray.core.softlabels import batch_starts, batches_together
+from cvdd_ray.core.synthesis import Job
 from cvdd_ray.data.datasets import DatasetInfo, network_input_bytes
 from cvdd_ray.data.labels import epoch_bytes, file_bytes
 from cvdd_ray.data.shards import shard_tasks
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import OURS
+from cvdd_ray.stages.groupwork import FLOAT
 from cvdd_ray.stages.initialize import BLOCK, KINDS, class_items, observer_name, portions, tiles_per_side
 from cvdd_ray.stages.planwork import (
-    FLOAT,
     OTHER,
     OWN,
     PLACE_BYTES,
@@ -161,13 +162,16 @@ def count_initialize(run: Run, ipc: int) -> StageCount:
 
 
 def count_synthesize(run: Run, ipc: int) -> StageCount:
-    c = run.config
-    priors = c.prior.values or dict.fromkeys(c.committee.experts, 0.0)
-    jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
-    made = count_synthesis(run, {DISTILLED: jobs}, ipc, c.synthesize.iterations)
+    made = count_synthesis(run, {DISTILLED: planned_jobs(run, ipc)}, ipc, run.config.synthesize.iterations)
     trace = made.counts["trace_rows"] * TRACE_ROW_BYTES
     storage = replace(made.storage, files=made.storage.files + 1 + OWN, bytes=made.storage.bytes + trace)
     return replace(made, stage=f"synthesize/ipc{ipc}", storage=storage)
+
+
+def planned_jobs(run: Run, ipc: int) -> list[Job]:
+    """Return the jobs of `synthesize/ipc<n>`; priors that are not known are taken to be equal."""
+    priors = run.config.prior.values or dict.fromkeys(run.config.committee.experts, 0.0)
+    return image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
 
 
 @dataclass(frozen=True)

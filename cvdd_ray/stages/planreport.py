@@ -11,8 +11,8 @@ NO_SPEED = (
     "--calibrate (measured on this machine)"
 )
 NOT_COUNTED = (
-    "FLOPs are those of convolutions and matrix products. Not in the times: reading and decoding images, messages, "
-    "storage, start-up."
+    "FLOPs are those of convolutions and matrix products. Not in the times: reading and decoding images, storage, start-up. "
+    "Messages are, with placement spread (colocate has none), as measured on one machine's object store."
 )
 MEMORY = (
     "Memory is what the data takes, beside Python, torch and Ray themselves; on the GPU without what cuDNN takes to work. "
@@ -36,7 +36,8 @@ def rich_plan(plan: Plan) -> list:
         if stage.wire_bytes_per_iteration
     ]
     below = [*wire, NOT_COUNTED, MEMORY, *(f"note: {note}" for note in plan.notes)]
-    return [*map(Text, lines), "", work_table(plan), "", storage_table(plan), "", *map(Text, below)]
+    simulated = [simulation_table(plan), ""] if plan.simulated else []
+    return [*map(Text, lines), "", work_table(plan), "", storage_table(plan), "", *simulated, *map(Text, below)]
 
 
 def work_table(plan: Plan) -> Table:
@@ -58,6 +59,18 @@ def work_table(plan: Plan) -> Table:
     table.add_section()
     totals = ["all", "", "", flops(plan.flops), "", "", ""]
     table.add_row(*totals, *([hours(plan.gpu_hours), hours(plan.wall_hours)] if plan.speed else []), style="bold")
+    return table
+
+
+def simulation_table(plan: Plan) -> Table:
+    """Return how busy so many GPUs would be in synthesis, by placement, and with a speed how long it takes."""
+    columns = [f"{what} {name}" for name in plan.simulated[0].busy for what in ("busy", *(["h"] if plan.speed else []))]
+    table = _table(["synthesis of", "GPUs", *columns], texts=1)
+    for one in plan.simulated:
+        cells = []
+        for name, share in one.busy.items():
+            cells += [f"{share:.1%}", *([hours(one.wall_hours[name])] if one.wall_hours else [])]
+        table.add_row(one.stage, f"{one.gpus}", *cells, end_section=one.gpus == plan.simulated[-1].gpus)
     return table
 
 

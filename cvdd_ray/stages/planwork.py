@@ -6,16 +6,25 @@ Memory is what the data of a stage takes, beside Python, torch and Ray themselve
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cvdd_ray.core.costs import Network, forward_cost, training_cost, view_flops, vote_cost, weight_bytes
+from cvdd_ray.core.costs import Network, forward_cost, training_cost, vote_cost, weight_bytes
 from cvdd_ray.core.softlabels import batch_starts
 from cvdd_ray.core.synthesis import Job, is_traced
 from cvdd_ray.data.shards import shard_tasks
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
+from cvdd_ray.stages.groupwork import (
+    FLOAT,
+    asked_images,
+    committee_bytes,
+    group_bytes,
+    group_of,
+    largest_asked,
+    workers_per_gpu,
+)
 from cvdd_ray.stages.real import SMALL, TEST_BATCH
+from cvdd_ray.stages.simulation import Group
 from cvdd_ray.stages.synthesize import job_groups
 
-FLOAT = 4
 PNG_OF_REAL, PNG_OF_DISTILLED = 0.75, 1.0  # PNG bytes per pixel byte: CIFAR-10 and digits runs had .67-.79 and .93-1.07
 ROW_BYTES = 250  # of an image in Arrow besides its pixels: PNG's own, path, label, voters, losses
 TRACE_ROW_BYTES = 70  # JSON
@@ -61,8 +70,8 @@ class StageCount:
     """One stage: its folder, what it does (by name), its work, what it writes, and the bytes it holds in the driver (with
     placement `spread`: and the coordinator) and in the object store of every node.
 
-    Where experts vote: the bytes that travel in one iteration of a group with placement `spread`, on average; the groups and
-    images per group of every expert's largest call; whether the experts are spread over the GPUs.
+    Where experts vote: the bytes that travel in one iteration of a group with placement `spread`, on average; the jobs and
+    images per job of every expert's largest call; the groups, which are the units of the first phase.
     """
 
     stage: str
@@ -73,7 +82,7 @@ class StageCount:
     store_bytes: int = 0
     wire_bytes_per_iteration: int | None = None
     largest_calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    spreads_experts: bool = False
+    groups: Mapping[str, Group] = field(default_factory=dict)
 
 
 def expert(run: Run, name: str) -> Network:
@@ -140,61 +149,42 @@ def count_student(run: Run, name: str, num_images: int, epochs: int, num_tested:
 def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, iterations: int) -> StageCount:
     """Return the distillation of sets of jobs; its files are those of the image sets alone."""
     c, info = run.config, run.info
-    groups = [group for jobs in sets.values() for group in job_groups(jobs, c.synthesize.jobs_per_group)]
-    colocated = c.runtime.placement == "colocate"
-    views = 2 * view_flops(info.image_size) * iterations  # and the gradient back through them
-    units: list[dict[str, int]] = []
-    largest: dict[str, tuple[int, int]] = {}
-    calls = wire = votes = 0
-    for group in groups:
-        images = dict.fromkeys(sorted({name for job in group for name in job.voters}), 0)
-        for job in group:
-            for name in job.voters:
-                images[name] += len(job.labels)
-        per_job = max(len(job.labels) for job in group)
-        for name, count in images.items():
-            largest[name] = max(largest.get(name, (0, 0)), (count // per_job, per_job))
-            wire += 2 * count * info.image_bytes * FLOAT + 8 * count + 8 * (count // per_job)
-        calls, votes = calls + len(images), votes + sum(images.values())
-        flops = {name: count * iterations * vote_flops(run, name, per_job) for name, count in images.items()}
-        units.append({**flops, OTHER: views * sum(len(job.labels) for job in group)})
-    networks = {name: expert(run, name) for name in largest}
-    weights = {name: weight_bytes(network)[0] for name, network in networks.items()}
-    peaks = {name: vote_cost(network, *largest[name]).peak_bytes for name, network in networks.items()}
-    num_images = sum(len(job.labels) for group in groups for job in group)
-    pixels = max(sum(len(job.labels) for job in group) for group in groups) * info.image_bytes * FLOAT
-    voting = max(len({name for job in group for name in job.voters}) for group in groups)
-    state, saved = (
-        8 * pixels,
-        3 * pixels,
-    )  # images, moments, gradients and what the step makes meanwhile; the first three
-    asked = 2 * voting * pixels  # a view out and a gradient back for every expert
+    cut = [group for jobs in sets.values() for group in job_groups(jobs, c.synthesize.jobs_per_group)]
+    networks = {
+        name: expert(run, name) for name in sorted({name for jobs in cut for job in jobs for name in job.voters})
+    }
+    largest, weights = largest_asked(cut), {name: weight_bytes(network)[0] for name, network in networks.items()}
+    groups = planned_groups(run, cut, largest, iterations)
+    num_images = sum(len(job.labels) for jobs in cut for job in jobs)
+    pixels, asked = group_bytes(cut, info.image_size)
+    state, saved = 8 * pixels, 3 * pixels  # images, moments, gradients, what the step makes; the first three
     checkpoints = (iterations - 1) // c.synthesize.checkpoint_every
     shards = [len(shard_tasks("x", base, ipc, info.index_bytes)) for base in sets]
     written = image_bytes(num_images, info.image_bytes, PNG_OF_DISTILLED)
-    trace_rows = sum(is_traced(t, iterations) for t in range(iterations)) * sum(
-        len(j.voters) for g in groups for j in g
-    )
-    driver = driver_bytes(run) + 4 * TRACE_ROW_BYTES * trace_rows
+    voices = sum(len(job.voters) for jobs in cut for job in jobs)
+    trace_rows = sum(is_traced(t, iterations) for t in range(iterations)) * voices
     held = sum(weights.values())
-    if colocated:
-        coordinating = in_store = 0
-        phase = Phase(units, 1, held + 2 * saved, held + state + asked + max(peaks.values()))
-    else:
+    if c.runtime.placement == "spread":
         in_flight = min(c.runtime.groups_in_flight, len(groups))
         coordinating, in_store = in_flight * (state + 2 * asked), in_flight * asked
-        by_expert = [{name: sum(unit.get(name, 0) for unit in units)} for name in largest]
-        on_gpu = max(weights[name] + peaks[name] for name in largest)
-        phase = Phase(by_expert, 1, max(weights.values()) + 3 * pixels, on_gpu)
+        units: list[dict[str, int]] = [group.flops() for group in groups.values()]
+        on_gpu = [weights[name] + vote_cost(network, *largest[name]).peak_bytes for name, network in networks.items()]
+        phase = Phase(units, 1, max(weights.values()) + 3 * pixels, on_gpu)
+    else:
+        coordinating = in_store = 0
+        units = [{**group.flops(), OTHER: iterations * group.view_flops} for group in groups.values()]
+        phase = Phase(
+            units, workers_per_gpu(c.runtime.gpus_per_actor), held + 2 * saved, committee_bytes(cut, networks)
+        )
     return StageCount(
         "synthesis",
         {
             "jobs": sum(len(jobs) for jobs in sets.values()),
             "groups": len(groups),
             "iterations": iterations * sum(len(jobs) for jobs in sets.values()),
-            "expert_calls": iterations * calls,
+            "expert_calls": iterations * sum(len(group.asks) for group in groups.values()),
             "image_views": iterations * num_images,
-            "expert_images": iterations * votes,
+            "expert_images": iterations * sum(sum(asked_images(jobs).values()) for jobs in cut),
             "trace_rows": trace_rows,
         },
         (phase,),
@@ -206,17 +196,21 @@ def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, itera
             checkpoint_bytes=saved if checkpoints else 0,
             checkpoints=checkpoints * len(groups),
         ),
-        driver + 2 * held + coordinating,
+        driver_bytes(run) + 4 * TRACE_ROW_BYTES * trace_rows + 2 * held + coordinating,
         held + in_store,
-        wire // len(groups),
+        sum(ask.bytes_out + ask.bytes_back for group in groups.values() for ask in group.asks.values()) // len(groups),
         largest,
-        not colocated,
+        groups,
     )
 
 
-def vote_flops(run: Run, name: str, group_images: int) -> int:
-    """Return the FLOPs of an expert's vote per image."""
-    return vote_cost(expert(run, name), 1, group_images).flops // group_images
+def planned_groups(
+    run: Run, cut: Sequence[Sequence[Job]], calls: Mapping[str, tuple[int, int]], iterations: int
+) -> dict[str, Group]:
+    """Return what groups of jobs ask, by number; the FLOPs of an image are taken from a job of `calls`."""
+    flops = {name: vote_cost(expert(run, name), 1, per_job).flops // per_job for name, (_, per_job) in calls.items()}
+    size = run.info.image_size
+    return {f"group {number}": group_of(jobs, flops, size, iterations) for number, jobs in enumerate(cut)}
 
 
 def image_bytes(num_images: int, pixels: int, png: float) -> int:

@@ -201,7 +201,7 @@ def test_up(world, config):
 
 def test_a_run_takes_three_machines_one_is_lost_in_the_middle_and_nothing_with_it(world, alone):
     driver = world.dev.popen(
-        f"cd project && {submit('--out s3://runs/one --wait-for-nodes 3 --wait-s 120')}",
+        f"cd project && {submit('--out s3://runs/one --wait-for-nodes 3 --wait-s 120 --set runtime.placement=spread')}",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     watch = threading.Timer(600, driver.kill)

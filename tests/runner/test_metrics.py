@@ -36,7 +36,7 @@ def phase(**facts):
     sys.stdin.readline()
 
 here, events = sys.argv[1], []
-config = tiny_config(synthesize={"jobs_per_group": 2})
+config = tiny_config(synthesize={"jobs_per_group": 2}, runtime={"placement": "spread"})
 runtime = RayRuntime(config.runtime, lambda event, facts: events.append((event, facts)))
 phase(port=ray.nodes()[0]["MetricsExportPort"])
 

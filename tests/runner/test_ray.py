@@ -46,7 +46,7 @@ def local_hashes(tmp_path_factory):
     return distil(tiny_config(), tmp_path_factory.mktemp("local"), LocalRuntime(1))
 
 
-@pytest.mark.parametrize("placement", ["spread", "colocate"])
+@pytest.mark.parametrize("placement", ["spread", "colocate", "auto"])
 def test_ray_and_local_make_equal_artifacts(placement, make_config, tmp_path, ray_runtime, local_hashes, monkeypatch):
     config = make_config(runtime={"placement": placement})
     monkeypatch.setattr(ray_runtime, "_c", config.runtime)
@@ -59,16 +59,19 @@ def test_experts_and_coordinator_may_die_in_the_middle(make_config, tmp_path, ra
 
     def kill_once(name: str, report: dict) -> None:
         if not killed and report["done"] >= 0.3:
-            victims = [*ray_runtime._experts.values(), *coordinators]
+            experts = [actor for actors in ray_runtime._experts.actors.values() for actor in actors]
+            victims = [*experts, *crews[-1].workers.actors.values()]
             killed.extend(victims)
             for victim in victims:
                 ray.kill(victim, no_restart=False)
 
     events = []
     monkeypatch.setattr(ray_runtime, "_on_event", lambda event, facts: events.append((event, facts)))
-    spread, coordinators = ray_runtime._spread, []
-    monkeypatch.setattr(ray_runtime, "_spread", lambda *a: coordinators.extend(spread(*a)) or coordinators)
-    run = Run(make_config(synthesize={"iterations": 40}), str(tmp_path / "disturbed"), runtime=ray_runtime)
+    muster, crews = ray_runtime._muster, []
+    monkeypatch.setattr(ray_runtime, "_muster", lambda *a: (made := muster(*a), crews.append(made[0]))[0])
+    config = make_config(synthesize={"iterations": 40}, runtime={"placement": "spread"})
+    monkeypatch.setattr(ray_runtime, "_c", config.runtime)
+    run = Run(config, str(tmp_path / "disturbed"), runtime=ray_runtime)
     calm = Run(run.config, str(tmp_path / "calm"))
     for this in (run, calm):
         pretrain(this)
@@ -104,13 +107,18 @@ def ballot(groups=2) -> Ballot:
 
 def test_ray_committee_answers_as_the_local_one(ray_runtime):
     specs = {"a": spec(), "b": spec("shufflenet_v2")}
-    actors = {name: ray.remote(num_cpus=0)(ExpertActor).remote(value, VOTER, 1) for name, value in specs.items()}
+    expert = ray.remote(num_cpus=0)(ExpertActor)
+    actors = {
+        name: [expert.remote(value, VOTER, 1) for _ in range(2 if name == "a" else 1)] for name, value in specs.items()
+    }
     asked = {"a": ballot(2), "b": ballot(1)}
     local = local_committee(specs, VOTER, torch.device("cpu")).vote(asked)
-    remote = RayCommittee(actors).vote(asked)
-    for name in specs:
-        for part in ("gradient_GBCHW", "cross_entropy_G", "bn_term_G"):
-            assert torch.equal(getattr(local[name], part), getattr(remote[name], part)), (name, part)
+    committee = RayCommittee(actors)
+    for remote in (committee.vote(asked), committee.vote(asked)):  # by the first and by the second actor of a
+        for name in specs:
+            for part in ("gradient_GBCHW", "cross_entropy_G", "bn_term_G"):
+                assert torch.equal(getattr(local[name], part), getattr(remote[name], part)), (name, part)
+    assert committee._least_busy._asked == {("a", 0): 1, ("a", 1): 1, ("b", 0): 2}
     assert not torch.equal(local["a"].gradient_GBCHW[:1], local["b"].gradient_GBCHW)
 
 
@@ -232,6 +240,17 @@ class TestShares:
         for now, gpus, answers in times:  # noqa: B007 - the clock
             self.have(monkeypatch, {"CPU": 1.0}, {"CPU": 1.0, "GPU": gpus})
             assert [lack_places() for lack_places in asked] == answers
+
+    def test_lost_gpus_cost_experts_their_second_actors(self, monkeypatch, make_config):
+        """Four actors of two experts, one GPU each as the user has set: three GPUs will do, one will not."""
+        c, now = make_config(runtime={"gpus_per_actor": 1}).runtime, 0.0
+        self.have(monkeypatch, {"GPU": 4.0})
+        lack_places = outgrown(c, expert_share(c, 4), 4, fewest=2, clock=lambda: now)
+        answers = []
+        for now, gpus in ((0, 4.0), (1, 1.0), (30, 1.0), (31, 3.0), (50, 3.0)):  # noqa: B007 - the clock
+            self.have(monkeypatch, {"GPU": gpus})
+            answers.append(lack_places())
+        assert answers == [False] * 4 + [True]
 
     def test_tasks_get_their_threads_but_no_more_than_a_node_has(self, monkeypatch, make_config):
         self.have(monkeypatch, {"CPU": 8.0}, {"CPU": 2.0})
