@@ -10,18 +10,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def group_moments(x_NCHW: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Return mean_GC and biased var_GC of every group's channels."""
-    if x_NCHW.device.type == "cpu":  # torch.var_mean over (0, 2, 3) is several times slower than this kernel on CPU
-        moments = [torch.batch_norm_update_stats(chunk, None, None, 0.0) for chunk in x_NCHW.chunk(num_groups)]
-        mean, var = zip(*moments, strict=True)
-        return torch.stack(mean), torch.stack(var)
-    grouped = x_NCHW.unflatten(0, (num_groups, -1))
-    var_GC, mean_GC = torch.var_mean(grouped, dim=(1, 3, 4), correction=0)
-    return mean_GC, var_GC
+    """Return mean_GC and biased var_GC of every group's channels.
+
+    Moments of single images, which lie together in memory, are joined to those of groups: the variance of a group is the
+    mean of its images' variances plus the variance of their means. On a CPU several times faster than torch.var_mean over
+    (0, 2, 3), on a GPU a handful of kernels for any number of groups, and as exact as two passes over the pixels are.
+    """
+    x_NCP = x_NCHW.flatten(2)
+    mean_NC = x_NCP.mean(2)
+    within_NC = (x_NCP - mean_NC[:, :, None]).square_().mean(2)
+    mean_GBC = mean_NC.unflatten(0, (num_groups, -1))
+    mean_GC = mean_GBC.mean(1)
+    between_GBC = (mean_GBC - mean_GC[:, None]).square_()
+    return mean_GC, (within_NC.unflatten(0, (num_groups, -1)) + between_GBC).mean(1)
 
 
 class _AffineWithMoments(torch.autograd.Function):
@@ -86,11 +90,16 @@ class GroupBatchNorm(nn.Module):
         self.eps, self.groups = source.eps, groups
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        chunks = [
-            F.batch_norm(chunk, None, None, self.weight, self.bias, training=True, eps=self.eps)
-            for chunk in x_NCHW.chunk(self.groups[0])
-        ]
-        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        mean_GC, var_GC = group_moments(x_NCHW, self.groups[0])
+        scale_GC = torch.rsqrt(var_GC + self.eps)
+        if self.weight is not None:
+            scale_GC = scale_GC * self.weight
+        shift_GC = -mean_GC * scale_GC
+        if self.bias is not None:
+            shift_GC = shift_GC + self.bias
+        grouped = x_NCHW.unflatten(0, (self.groups[0], -1))
+        scaled = torch.addcmul(shift_GC[:, None, :, None, None], grouped, scale_GC[:, None, :, None, None])
+        return scaled.flatten(0, 1)
 
     def _apply(self, fn, recurse=True):  # the affine pair follows .to(device) without being a parameter or a buffer
         super()._apply(fn, recurse)

@@ -122,8 +122,8 @@ class _Copy(nn.Module):
 
 @lru_cache(maxsize=256)
 def forward_cost(network: Network) -> Cost:
-    """Return the cost of an image's logits, no gradient taken. In a teacher that cuts a batch into BatchNorm groups and
-    joins them again the peak is up to half as high again."""
+    """Return the cost of an image's logits, no gradient taken. In a teacher that takes statistics of BatchNorm groups the
+    peak is up to half as high again: deviations from the mean are there for a moment."""
     model = with_batchnorm_replaced(network.build(), lambda layer, index: _Copy())
     return measured(torch.no_grad()(lambda: model(network.images(1))))
 
