@@ -321,6 +321,22 @@ def test_several_threads_read_one_file(s3, store):
 # ------------------------------------------------------------------------------------------------ the waiting itself
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "AWS Error NO_SUCH_KEY during GetObject operation: The specified key does not exist.",
+        "AWS Error RESOURCE_NOT_FOUND during HeadObject operation: No response body.",
+        "AWS Error UNKNOWN (HTTP status 404) during HeadObject operation: No response body.",
+    ],
+)
+def test_an_absent_file_is_known_however_it_is_said(said):
+    def read():
+        raise OSError(said)
+
+    with pytest.raises(FileNotFoundError, match="s3://bucket/name"):
+        retries.retried(read, "read", "s3://bucket/name")
+
+
 def unreachable():
     raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7, Could not connect to server")
 
