@@ -160,7 +160,9 @@ def _by_code(code: str, status: int, text: str) -> Fault:
         return Fault(_PASSING[known])
     if status >= 500 or status in (-1, 408, 409, 429):
         return Fault("its answer was cut" if status == -1 else f"it answered HTTP {status}")
-    if known in ("nosuchkey", "resourcenotfound") or status == 404:  # the second answers HEAD, sometimes without a status
+    if (
+        known in ("nosuchkey", "resourcenotfound") or status == 404
+    ):  # the second answers HEAD, sometimes without a status
         return Fault("it is not there", absent=True)
     if status == 403:
         return Fault(*_FOR_GOOD["accessdenied"])
