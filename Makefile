@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
 .PHONY: demo test test-cluster dry-run lint format clean
-demo: $(VENV)/installed  ## distil the bundled digits, 5 to 6 minutes on 2 cores
+demo: $(VENV)/installed  ## distil the bundled digits, 5 to 8 minutes on 2 cores
 	$(BIN)/cvdd run digits-demo --out runs/demo
 
 test: $(VENV)/installed  ## all tests, no GPU or network needed
