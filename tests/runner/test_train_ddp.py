@@ -91,7 +91,7 @@ def test_a_lost_worker_costs_nothing_but_time(make_config, labelled, tmp_path, r
 
     one = row_of(config_of(make_config), labelled, LocalRuntime(1))
     for (epoch, loss, agreement, accuracy), theirs in zip(one["curve"], two["curve"], strict=True):
-        # rounding grows from step to step; a gradient that is not summed, or summed twice, is off by far more
+        # rounding grows from step to step (tests/core/test_workers.py compares single steps)
         assert theirs == [
             epoch,
             pytest.approx(loss, rel=2e-2),
