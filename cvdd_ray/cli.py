@@ -148,7 +148,9 @@ def bench_command(
     set_: SetOption = None,
     ipc: Annotated[int | None, typer.Option("--ipc", metavar="N", help="Images per class; default: the recipe's first.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Measured rounds of each side.")] = 3,
-    iterations: Annotated[int, typer.Option("--iterations", metavar="N", help="Synthesis iterations of a round.")] = 2,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", metavar="N", help="Synthesis iterations of a round; default: 2.")
+    ] = None,
     classes: Annotated[int | None, typer.Option("--classes", help="Number of classes, where nothing says.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:  # fmt: skip

@@ -136,6 +136,8 @@ BAD = [
     (["plan", "folder224", "--classes", "20"], "give --train-images"),
     (["bench", "digits-demo", "wire2"], "bench knows no 'wire2'; it knows synthesis, relabel"),
     (["bench", "digits-demo", "--rounds", "0"], "--rounds 0: give at least 1"),
+    (["bench", "digits-demo", "relabel", "--iterations", "3"], "--iterations 3 has no effect without synthesis"),
+    (["bench", "digits-demo", "pretrain", "--ipc", "3"], "--ipc 3 has no effect on pretrain"),
     (["bench", "folder224"], "give --classes"),
     (["plan", "digits-demo", "--nodes", "0"], "--nodes 0: give at least 1"),
     (["plan", "digits-demo", "--nodes", "many"], "--nodes"),

@@ -42,13 +42,14 @@ class StatisticsHook:
 def distill_job(
     experts: Sequence[nn.Module], weights: Sequence[float], images_BCHW: Tensor, labels_B: Tensor, *, iterations: int,
     lr: float, betas: tuple[float, float], bn_weight: float, first_bn_multiplier: float, roll: int,
-    low_C: Sequence[float], high_C: Sequence[float], augment: bool = True,
+    low_C: Sequence[float], high_C: Sequence[float], augment: bool, flip: bool, crop_scale: tuple[float, float],
 ) -> Tensor:  # fmt: skip
-    """Return the distilled images (B, C, H, W) of one job and one group of voters (paper Eq. 5-8)."""
+    """Return the distilled images (B, C, H, W), normalised float32, of one job, on which `experts` with `weights` vote; the
+    settings are those of SynthesisSettings, `roll` in pixels. Draws from torch's own generator.  Source: spec 5.1-5.4."""
     size, device = images_BCHW.shape[-1], images_BCHW.device
     inputs = images_BCHW.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([inputs], lr=lr, betas=betas, eps=1e-8)
-    crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    crop = v2.Compose([v2.RandomResizedCrop(size, crop_scale, antialias=True)] + [v2.RandomHorizontalFlip()] * flip)
     hooks = [
         [StatisticsHook(layer) for layer in expert.modules() if isinstance(layer, nn.BatchNorm2d)] for expert in experts
     ]
@@ -87,7 +88,7 @@ def pil_view(
 def pil_batch(
     images: Sequence[Image.Image], plan: BatchPlan, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Return the views of a batch (B, C, H, W) with CutMix."""
+    """Return the views of a batch (B, C, H, W), normalised float32, with CutMix."""
     rows = enumerate(plan.image_index_B.tolist())
     views_BCHW = torch.stack([pil_view(images[index], plan, row, size, mean, std) for row, index in rows])
     top, left, bottom, right = plan.box
@@ -98,36 +99,43 @@ def pil_batch(
 
 def label_batch_file(
     folder: Path, plan: BatchPlan, views_BCHW: Tensor, teachers: Sequence[nn.Module], weights: Sequence[float],
-    bn_group: int,
+    bn_group: int, *, batchnorm: str,
 ) -> None:  # fmt: skip
-    """Write the soft labels of a batch to a file of its own: teachers one after the other, group after group, with
-    BatchNorm layers in train mode (paper Eq. 9)."""
+    """Write the soft labels of a batch (`save_label`): teachers one after the other, group after group, their BatchNorm
+    layers in train mode if `batchnorm` is "batch" (paper Eq. 9). Changes the teachers' mode and running statistics."""
     for teacher in teachers:
         for layer in teacher.modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.train()
+                layer.train(batchnorm == "batch")
     with torch.no_grad():
         groups = views_BCHW.split(group_sizes(len(views_BCHW), bn_group))
-        logits_BK = torch.cat(
-            [
-                sum(weight * teacher(group) for teacher, weight in zip(teachers, weights, strict=True))
-                for group in groups
-            ]
-        )
+        voices = list(zip(teachers, weights, strict=True))
+        logits_BK = torch.cat([sum(weight * teacher(group) for teacher, weight in voices) for group in groups])
+    save_label(folder, plan, logits_BK)
+
+
+def save_label(folder: Path, plan: BatchPlan, logits_BK: Tensor) -> None:
+    """Write the label of a batch, views and float16 logits, to a file of its own in `folder`."""
     views = [plan.views.boxes_N4, plan.views.flips_N, plan.views.rolls_N2]
     label = [plan.image_index_B, *views, plan.partner_B, list(plan.box), logits_BK.half().cpu()]
     torch.save(label, folder / f"batch_{plan.batch}.tar")
+
+
+def load_label(folder: Path, batch: int) -> tuple[BatchPlan, Tensor]:
+    """Return the (plan, logits_BK in float16) of a batch, as `save_label` wrote them."""
+    index_B, boxes_B4, flips_B, rolls_B2, partner_B, box, logits_BK = torch.load(folder / f"batch_{batch}.tar")
+    return BatchPlan(0, batch, index_B, Views(boxes_B4, flips_B, rolls_B2), partner_B, tuple(box)), logits_BK
 
 
 def train_epoch(
     student: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, num_batches: int, images: Sequence[Image.Image], *,
     size: int, mean: Sequence[float], std: Sequence[float], bn_group: int, temperature: float, device: torch.device,
 ) -> None:  # fmt: skip
-    """Train a student for an epoch on labels that lie in a file per batch (paper section 3.4)."""
+    """Train a student in place for an epoch on the labels of `folder`, a file per batch; `mean` and `std` of pixels scaled
+    to [0, 1].  Source: paper section 3.4, spec section 7."""
     student.train()
     for batch in range(num_batches):
-        index_B, boxes_B4, flips_B, rolls_B2, partner_B, box, logits_BK = torch.load(folder / f"batch_{batch}.tar")
-        plan = BatchPlan(0, batch, index_B, Views(boxes_B4, flips_B, rolls_B2), partner_B, tuple(box))
+        plan, logits_BK = load_label(folder, batch)
         views_BCHW = pil_batch(images, plan, size, mean, std).to(device)
         sizes = group_sizes(len(logits_BK), bn_group)
         optimizer.zero_grad()
@@ -140,10 +148,13 @@ def train_epoch(
 
 def train_expert_epoch(
     expert: nn.Module, optimizer: torch.optim.Optimizer, images: Sequence[Image.Image], labels_N: Sequence[int], *,
-    batch_size: int, pad: int, flip: bool, size: int, mean: Sequence[float], std: Sequence[float], device: torch.device,
+    batch_size: int, crop: str, pad: int, flip: bool, size: int, mean: Sequence[float], std: Sequence[float],
+    device: torch.device,
 ) -> None:  # fmt: skip
-    """Train an expert for an epoch on real images that PIL augments one by one (the squeeze)."""
-    steps = [v2.RandomCrop(size, padding=pad)] + [v2.RandomHorizontalFlip()] * flip
+    """Train an expert in place for an epoch on real images that PIL augments one by one: crops of the image padded by `pad`
+    pixels, or random resized ones.  Source: spec section 2 (squeeze)."""
+    cropping = v2.RandomCrop(size, padding=pad) if crop == "pad" else v2.RandomResizedCrop(size, antialias=True)
+    steps = [cropping] + [v2.RandomHorizontalFlip()] * flip
     augment = v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     expert.train()
     for index_B in torch.randperm(len(images)).split(batch_size):

@@ -82,7 +82,7 @@ class Side:
             self._process.join()
             raise CvddError(
                 f"the benchmark's process ended with code {self._process.exitcode}, probably for want of memory; make the work "
-                f"smaller, e.g. --set data.image_size=64"
+                f"smaller, e.g. --ipc 1"
             ) from None
         if isinstance(answer, Exception):
             raise answer
@@ -128,7 +128,10 @@ def peak_mib() -> int:
 def compare(
     unit: str, sides: Mapping[str, tuple[Callable[..., Round], Sequence]], *, rounds: int, threads: int = 1
 ) -> Comparison:
-    """Measure the sides `ours` and `reference` in turn: a first round each, then `rounds` more."""
+    """Measure the sides `ours` and `reference`, (build, arguments) of a Side each, in turn: a first round, then `rounds` more.
+
+    Raises what the work raises, and CvddError as `Side.round`.
+    """
     running = {name: Side(build, arguments, threads) for name, (build, arguments) in sides.items()}
     try:
         answers = {name: [] for name in running}

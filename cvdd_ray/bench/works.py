@@ -1,7 +1,9 @@
 """What is compared: for every kind of work our way and the reference's, as functions that build a Round in a process.
 
 Images, labels and weights are drawn at random; statistics of BatchNorm are those of one batch of noise. Times do not depend
-on any of it.
+on any of it. Both sides compute in float32.
+
+Legend: N images, C channels, S pixels.
 """
 
 import tempfile
@@ -27,7 +29,6 @@ from cvdd_ray.core.softlabels import batch_starts
 from cvdd_ray.core.students import StudentSettings, StudentTraining, adamw_groups
 from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group
 from cvdd_ray.core.training import PretrainSettings, pretrain_expert
-from cvdd_ray.core.voting import prior_weights
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
 from cvdd_ray.data.labels import SoftLabels, label_batch, write_label_file
 from cvdd_ray.data.outlines import outline
@@ -35,6 +36,7 @@ from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
 from cvdd_ray.stages.grouptask import VoterSettings
+from cvdd_ray.stages.planwork import expert, student
 from cvdd_ray.stages.real import train_batches
 from cvdd_ray.stages.relabel import Labeller, ViewSettings, teacher_names
 from cvdd_ray.stages.synthesize import image_jobs, job_groups, synthesis_settings
@@ -42,6 +44,7 @@ from cvdd_ray.stages.votes import vote_of_image
 
 SPEC = ("name", "num_classes", "image_size", "width")  # what describes a network
 PRIOR = 50.0  # of every expert
+ITERATIONS = 2  # of synthesis in a round
 SQUEEZE_IMAGES = 512  # of one round of pretraining
 
 
@@ -59,8 +62,9 @@ def random_pixels(num_images: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (num_images, 3, size, size), np.uint8)
 
 
-def as_pil(images_NCHW: np.ndarray) -> list[Image.Image]:
-    return [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in images_NCHW]
+def as_pil(images_NCSS: np.ndarray) -> list[Image.Image]:
+    """Return uint8 images (N, 3, S, S) as PIL images."""
+    return [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in images_NCSS]
 
 
 # --- synthesis -----------------------------------------------------------------------------------------------------
@@ -96,10 +100,7 @@ class SynthesisWork:
 
 
 def our_synthesis(work: SynthesisWork) -> Round:
-    voters = {
-        name: Voter(random_network(network), **vars(work.voter))
-        for name, network in work.experts.items()
-    }  # fmt: skip
+    voters = {name: Voter(random_network(network), **vars(work.voter)) for name, network in work.experts.items()}
     committee = LocalCommittee(voters)
 
     def round_() -> int:
@@ -120,7 +121,8 @@ def plain_synthesis(work: SynthesisWork) -> Round:
             reference.distill_job(
                 [experts[name] for name in job.voters], job.weights, work.start_of(job),
                 torch.tensor(job.labels, device=work_device()), iterations=s.iterations, lr=s.lr, betas=s.betas,
-                roll=s.roll, low_C=s.low_C, high_C=s.high_C, **vars(work.voter),
+                roll=s.roll, low_C=s.low_C, high_C=s.high_C, augment=s.augment, flip=s.flip, crop_scale=s.crop_scale,
+                **vars(work.voter),
             )  # fmt: skip
         return work.units()
 
@@ -133,9 +135,8 @@ def synthesis_work(run: Run, ipc: int, iterations: int) -> SynthesisWork:
     priors = dict.fromkeys(c.committee.experts, PRIOR)
     jobs = [job for job in image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i)) if job.chunk == 0]
     used = sorted({name for job in jobs for name in job.voters})
-    networks = {name: Network(name, run.info.num_classes, run.info.image_size, c.committee.width) for name in used}
     return SynthesisWork(
-        networks,
+        {name: expert(run, name) for name in used},
         tuple(job_groups(jobs, c.synthesize.jobs_per_group)),
         synthesis_settings(run, iterations),
         VoterSettings(c.synthesize.bn_weight, c.synthesize.first_bn_multiplier),
@@ -159,7 +160,7 @@ class LabelWork:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        return prior_weights([PRIOR] * len(self.teachers), 1.0)
+        return (1 / len(self.teachers),) * len(self.teachers)
 
     @property
     def bn_group(self) -> int:
@@ -173,10 +174,9 @@ def label_work(run: Run, ipc: int, _iterations: int = 1) -> LabelWork:
     """Return an epoch of labels of the set at `ipc`."""
     c, info = run.config, run.info
     num_images = ipc * info.num_classes
-    student = c.evaluate.students[0]
     return LabelWork(
-        tuple(Network(name, info.num_classes, info.image_size, c.committee.width) for name in teacher_names(run)),
-        Network(student, info.num_classes, info.image_size, run.width),
+        tuple(expert(run, name) for name in teacher_names(run)),
+        student(run, c.evaluate.students[0]),
         info,
         ViewSettings(c.seed, c.data.flip, info.image_size, c.relabel),
         replace(student_settings(run, run.config.student_epochs, num_images), phases=()),
@@ -210,8 +210,9 @@ def plain_relabel(work: LabelWork) -> Round:
             for plan in work.views.plans(0, work.num_images):
                 views = reference.pil_batch(images, plan, work.info.image_size, work.info.mean, work.info.std)
                 reference.label_batch_file(
-                    Path(folder), plan, views.to(work_device()), teachers, work.weights, work.bn_group
-                )
+                    Path(folder), plan, views.to(work_device()), teachers, work.weights, work.bn_group,
+                    batchnorm=work.views.c.batchnorm,
+                )  # fmt: skip
         return work.num_images
 
     return round_
@@ -229,42 +230,37 @@ def _random_rows(work: LabelWork) -> list:
 
 def our_evaluate(work: LabelWork) -> Round:
     device = work_device()
-    file = tempfile.NamedTemporaryFile()  # noqa: SIM115, it lives as long as the round
-    write_label_file(file, [label_batch(_random_rows(work))], _about(work))
-    file.flush()
-    labels = SoftLabels(pa.memory_map(file.name), file.name, None)
-    training = StudentTraining(
-        random_network(work.student), network_inputs(work.pixels(), work.info, device), work.settings, 0
-    )
+    with tempfile.NamedTemporaryFile() as file:
+        write_label_file(file, [label_batch(_random_rows(work))], _about(work))
+        file.flush()
+        labels = SoftLabels(pa.memory_map(file.name), file.name, None)  # the mapping outlives the file's name
+    images = network_inputs(work.pixels(), work.info, device)
+    training = StudentTraining(random_network(work.student), images, work.settings, 0)
 
     def round_() -> int:
         training.next_epoch = 0
         training.run_epoch((plan, logits.to(device)) for plan, logits in labels.epoch(0))
         return work.num_images
 
-    round_.file = file
     return round_
 
 
 def plain_evaluate(work: LabelWork) -> Round:
-    device = work_device()
-    folder = tempfile.TemporaryDirectory()
+    folder = tempfile.TemporaryDirectory()  # it lives as long as the round
     for plan, logits in _random_rows(work):
-        views = [plan.views.boxes_N4, plan.views.flips_N, plan.views.rolls_N2]
-        label = [plan.image_index_B, *views, plan.partner_B, list(plan.box), logits.half()]
-        torch.save(label, Path(folder.name) / f"batch_{plan.batch}.tar")
-    student, images = random_network(work.student), as_pil(work.pixels())
-    optimizer = torch.optim.AdamW(adamw_groups(student, work.settings.weight_decay), lr=work.settings.lr)
+        reference.save_label(Path(folder.name), plan, logits)
+    model, images = random_network(work.student), as_pil(work.pixels())
+    optimizer = torch.optim.AdamW(adamw_groups(model, work.settings.weight_decay), lr=work.settings.lr)
     num_batches = len(batch_starts(work.num_images, work.settings.batch_size))
 
     def round_() -> int:
         reference.train_epoch(
-            student, optimizer, Path(folder.name), num_batches, images, size=work.info.image_size, mean=work.info.mean,
-            std=work.info.std, bn_group=work.settings.bn_group, temperature=work.settings.temperature, device=device,
+            model, optimizer, Path(folder.name), num_batches, images, size=work.info.image_size, mean=work.info.mean,
+            std=work.info.std, bn_group=work.settings.bn_group, temperature=work.settings.temperature,
+            device=work_device(),
         )  # fmt: skip
         return work.num_images
 
-    round_.folder = folder
     return round_
 
 
@@ -278,6 +274,7 @@ class SqueezeWork:
     expert: Network
     info: DatasetInfo
     batch_size: int
+    crop: str
     pad: int
     flip: bool
     settings: PretrainSettings
@@ -289,10 +286,9 @@ class SqueezeWork:
 def squeeze_work(run: Run, _ipc: int = 1, _iterations: int = 1) -> SqueezeWork:
     """Return an epoch of the first expert."""
     c, info = run.config, run.info
-    expert = Network(c.committee.experts[0], info.num_classes, info.image_size, c.committee.width)
-    p = c.pretrain
+    p, network = c.pretrain, expert(run, c.committee.experts[0])
     settings = PretrainSettings(1, p.optimizer, p.lr, p.weight_decay, 1)
-    return SqueezeWork(expert, info, p.batch_size, p.pad, c.data.flip, settings)
+    return SqueezeWork(network, info, p.batch_size, p.crop, p.pad, c.data.flip, settings)
 
 
 def our_pretrain(work: SqueezeWork) -> Round:
@@ -301,8 +297,8 @@ def our_pretrain(work: SqueezeWork) -> Round:
 
     def batches(epoch: int):
         return train_batches(
-            split, work.info, batch_size=work.batch_size, crop="pad", pad=work.pad, flip=work.flip, seed=0, epoch=epoch,
-            device=work_device(),
+            split, work.info, batch_size=work.batch_size, crop=work.crop, pad=work.pad, flip=work.flip, seed=0,
+            epoch=epoch, device=work_device(),
         )  # fmt: skip
 
     def round_() -> int:
@@ -321,8 +317,8 @@ def plain_pretrain(work: SqueezeWork) -> Round:
 
     def round_() -> int:
         reference.train_expert_epoch(
-            model, optimizer, images, work.labels().tolist(), batch_size=work.batch_size, pad=work.pad, flip=work.flip,
-            size=work.info.image_size, mean=work.info.mean, std=work.info.std, device=work_device(),
+            model, optimizer, images, work.labels().tolist(), batch_size=work.batch_size, crop=work.crop, pad=work.pad,
+            flip=work.flip, size=work.info.image_size, mean=work.info.mean, std=work.info.std, device=work_device(),
         )  # fmt: skip
         return SQUEEZE_IMAGES
 
@@ -366,28 +362,33 @@ class Result:
 
 
 def bench(
-    config: RunConfig, what: Sequence[str] = (), *, ipc: int | None = None, rounds: int = 3, iterations: int = 2,
-    num_classes: int | None = None,
+    config: RunConfig, what: Sequence[str] = (), *, ipc: int | None = None, rounds: int = 3,
+    iterations: int | None = None, num_classes: int | None = None,
 ) -> dict[str, Result]:  # fmt: skip
     """Return how long kinds of work (of `KINDS`; all without `what`) take on this machine, ours and the reference's, see
     `compare`.
 
     At the configuration's first IPC unless `ipc` says otherwise; a round is all jobs of the first class chunk for
-    `iterations` (synthesis), an epoch (relabel, evaluate) or 512 images (pretrain).
-    Raises ConfigError for an unknown kind, numbers below 1, and as `plan`.
+    `iterations` (2 unless given; synthesis), an epoch (relabel, evaluate) or 512 images (pretrain).
+    Raises ConfigError for an unknown kind, numbers below 1 or without effect, and as `plan`.
     """
+    what = what or tuple(KINDS)
     for name in what:
         if name not in KINDS:
             raise ConfigError(f"bench knows no {name!r}; it knows {', '.join(KINDS)}")
-    for name, given in (("--rounds", rounds), ("--iterations", iterations), ("--ipc", 1 if ipc is None else ipc)):
-        if given < 1:
-            raise ConfigError(f"{name} {given}: give at least 1")
+    for option, given in (("--rounds", rounds), ("--iterations", iterations), ("--ipc", ipc)):
+        if given is not None and given < 1:
+            raise ConfigError(f"{option} {given}: give at least 1")
+    if iterations is not None and "synthesis" not in what:
+        raise ConfigError(f"--iterations {iterations} has no effect without synthesis; leave it out")
+    if ipc is not None and set(what) == {"pretrain"}:
+        raise ConfigError(f"--ipc {ipc} has no effect on pretrain alone; leave it out")
     counts = {"num_classes": num_classes, "train_images": 2 * num_classes, "test_images": 1} if num_classes else {}
     run = Run(config, "bench", real=outline(config.data, **counts))
     results = {}
-    for name in what or KINDS:
+    for name in what:
         kind = KINDS[name]
-        work = kind.work(run, ipc or config.ipc[0], iterations)
+        work = kind.work(run, ipc or config.ipc[0], iterations or ITERATIONS)
         sides = {"ours": (kind.ours, [work]), "reference": (kind.reference, [work])}
         measured = compare(kind.unit, sides, rounds=rounds, threads=config.runtime.threads_per_actor)
         results[name] = Result(measured, getattr(work, "flops_per_unit", None))
