@@ -131,7 +131,8 @@ class Experts:
         """End all of them."""
         for name in self.actors:
             self._end(name, 0)
-        self.__init__()
+        for kept in (self.actors, self._holds, self._spec_refs):
+            kept.clear()
 
     def _end(self, name: str, keep: int) -> None:
         actors = self.actors.setdefault(name, [])

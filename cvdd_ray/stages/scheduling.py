@@ -8,10 +8,9 @@ import time
 from bisect import insort
 from collections.abc import Callable, Hashable, Mapping
 
-VOTES_AHEAD = (
-    4  # questions per expert actor that are on their way or wait for it: in simulations of ImageNet-1K with 5 to 64
-)
-# actors free messages then cost at most 7 % of what the actors could do, with 2 up to 40 %
+# Questions per expert actor that are on their way or wait for it. In simulations of ImageNet-1K with 5 to 64 actors free
+# messages then cost at most 7 % of what the actors could do, with 2 up to 40 %.
+VOTES_AHEAD = 4
 
 
 class Scheduler:
@@ -105,9 +104,7 @@ class GroupClock:
 
     def __init__(self, on_report: Callable[[str, dict], None], clock: Callable[[], float] = time.monotonic):
         self._on_report, self._clock = on_report, clock
-        self._since: dict[
-            str, tuple[float, float]
-        ] = {}  # time and share done, when it began and then at the first report
+        self._since: dict[str, tuple[float, float]] = {}  # time and share done: when it began, then at the first report
         self._heard: set[str] = set()
 
     def begin(self, name: str) -> None:
