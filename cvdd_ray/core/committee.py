@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvdd_ray.core.batchnorm import MatchingBatchNorm, with_batchnorm_replaced
+from cvdd_ray.core.batchnorm import MatchingBatchNorm, StatisticsDistance, fastest_layout, with_batchnorm_replaced
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,15 @@ class Voter:
     """
 
     def __init__(self, model: nn.Module, *, bn_weight: float, first_bn_multiplier: float):
-        self._tape: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._tape: dict[int, tuple[Tensor, Tensor]] = {}
         self._groups = [1]
         self._model = with_batchnorm_replaced(
             model, lambda layer, index: MatchingBatchNorm(layer, index, self._tape, self._groups)
         )
+        self._layers = [layer for layer in self._model.modules() if isinstance(layer, MatchingBatchNorm)]
+        self._distances: dict[tuple[int, ...], StatisticsDistance] = {}  # by the layers that a forward pass has called
+        self._layout = fastest_layout(model)
+        self._model.to(memory_format=self._layout)
         self._bn_weight, self._first_bn_multiplier = bn_weight, first_bn_multiplier
 
     def vote(self, ballot: Ballot) -> Vote:
@@ -59,22 +63,24 @@ class Voter:
         views_GBCHW = ballot.views_GBCHW.detach().requires_grad_(True)
         self._groups[0] = num_groups
         self._tape.clear()
-        logits_NK = self._model(views_GBCHW.flatten(0, 1))
+        logits_NK = self._model(views_GBCHW.flatten(0, 1).contiguous(memory_format=self._layout))
         loss_N = F.cross_entropy(logits_NK, ballot.labels_GB.flatten(), reduction="none")
         cross_entropy_G = loss_N.view(num_groups, -1).mean(1)
-        bn_term_G = self._bn_term(num_groups, cross_entropy_G)
+        bn_term_G = self._bn_term(cross_entropy_G)
         (gradient_GBCHW,) = torch.autograd.grad((cross_entropy_G + self._bn_weight * bn_term_G).sum(), views_GBCHW)
         self._tape.clear()
-        return Vote(gradient_GBCHW, cross_entropy_G.detach(), bn_term_G.detach())
+        return Vote(gradient_GBCHW.contiguous(), cross_entropy_G.detach(), bn_term_G.detach())
 
-    def _bn_term(self, num_groups: int, like: Tensor) -> Tensor:
-        total_G = like.new_zeros(num_groups)
-        for index in sorted(self._tape):
-            running_mean_C, running_var_C, mean_GC, var_GC = self._tape[index]
-            distance_G = torch.linalg.vector_norm(running_var_C - var_GC, dim=1)
-            distance_G = distance_G + torch.linalg.vector_norm(running_mean_C - mean_GC, dim=1)
-            total_G = total_G + (self._first_bn_multiplier if index == 0 else 1.0) * distance_G
-        return total_G
+    def _bn_term(self, like_G: Tensor) -> Tensor:
+        """Return R_G over the layers that were called."""
+        if not self._tape:
+            return torch.zeros_like(like_G)
+        called = tuple(sorted(self._tape))
+        if called not in self._distances:
+            running = [(self._layers[l].running_mean, self._layers[l].running_var) for l in called]
+            multipliers = [self._first_bn_multiplier if l == 0 else 1.0 for l in called]
+            self._distances[called] = StatisticsDistance(running, multipliers)
+        return self._distances[called]([self._tape[l] for l in called])
 
 
 class LocalCommittee:

@@ -93,7 +93,11 @@ def build_model(name: str, num_classes: int, image_size: int, *, width: float = 
             f"width is {width} for {name} at {image_size} px; torchvision networks and their weights have a fixed "
             f"width, so set width=1 or use images up to {SMALL_MAX_PX} px"
         )
-    return factory(weights=None, num_classes=num_classes)
+    model = factory(weights=None, num_classes=num_classes)
+    for module in model.modules():
+        if type(module) is small_models.TorchvisionShuffleBlock:
+            module.__class__ = small_models.ShuffleBlock  # the same parameters; a shuffle that keeps the memory layout
+    return model
 
 
 def build_seeded(name: str, num_classes: int, image_size: int, *, width: float = 1.0, seed: int) -> nn.Module:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleBlock
+from torchvision.models.shufflenetv2 import InvertedResidual as TorchvisionShuffleBlock
 
 from cvdd_ray.errors import ConfigError
 
@@ -107,8 +107,8 @@ class DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
 
     def forward(self, old_BDHW: torch.Tensor) -> torch.Tensor:
-        new_BDHW = self.conv1(torch.relu(self.bn1(old_BDHW)))
-        new_BDHW = self.conv2(torch.relu(self.bn2(new_BDHW)))
+        new_BDHW = self.conv1(torch.relu_(self.bn1(old_BDHW)))
+        new_BDHW = self.conv2(torch.relu_(self.bn2(new_BDHW)))
         return torch.cat([new_BDHW, old_BDHW], dim=1)
 
 
@@ -177,6 +177,26 @@ def mobilenet_v2(num_classes: int, image_size: int, width: float) -> SmallNet:
     num_features = scaled(1280, width)
     layers += [*_conv_bn(channels, num_features, 1), nn.ReLU(inplace=True)]
     return SmallNet(nn.Sequential(*layers), num_features, num_classes)
+
+
+class ShuffleBlock(TorchvisionShuffleBlock):
+    """torchvision's block with a channel shuffle that keeps the memory layout, so that convolutions are not given another
+    one than they were chosen for."""
+
+    def forward(self, x_BDHW: torch.Tensor) -> torch.Tensor:
+        if self.stride == 1:
+            kept_BDHW, new_BDHW = x_BDHW.chunk(2, dim=1)
+        else:
+            kept_BDHW, new_BDHW = self.branch1(x_BDHW), x_BDHW
+        return interleaved(kept_BDHW, self.branch2(new_BDHW))
+
+
+def interleaved(even_BDHW: torch.Tensor, odd_BDHW: torch.Tensor) -> torch.Tensor:
+    """Return (B, 2D, H, W) with channels taken in turn from both, laid out in memory as `odd_BDHW` is."""
+    if odd_BDHW.is_contiguous(memory_format=torch.channels_last):
+        pairs = torch.stack([even_BDHW.permute(0, 2, 3, 1), odd_BDHW.permute(0, 2, 3, 1)], dim=4)
+        return pairs.flatten(3).permute(0, 3, 1, 2)
+    return torch.stack([even_BDHW, odd_BDHW], dim=2).flatten(1, 2)
 
 
 def shufflenet_v2(num_classes: int, image_size: int, width: float) -> SmallNet:
