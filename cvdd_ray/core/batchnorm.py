@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def group_moments(x_NCHW: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Return mean_GC and biased var_GC of every group's channels, as exact as two passes over the pixels are.
 
-    Channels-last on a CPU, torch's own kernel takes each group in turn: two to five times faster than anything else there.
+    Channels-last on a CPU, torch's own kernel takes each group in turn, which is about twice to five times as fast there.
     Elsewhere moments of single images, which lie together in memory, are joined to those of groups (the variance of a group
     is the mean of its images' variances plus the variance of their means): a handful of kernels for any number of groups.
     torch.var_mean over (0, 2, 3) is several times slower than either.
@@ -155,18 +155,22 @@ class GroupBatchNorm(nn.Module):
         return self
 
 
-def fastest_layout(model: nn.Module) -> torch.memory_format:
-    """Return the memory layout in which a network's float32 convolutions are fastest: channels-last on a CPU, elsewhere
-    torch's own."""
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return torch.channels_last if on_cpu else torch.contiguous_format
-
-
 def with_batchnorm_replaced(model: nn.Module, replacement: Callable[[nn.BatchNorm2d, int], nn.Module]) -> nn.Module:
-    """Return a frozen eval-mode copy of `model` whose l-th BatchNorm2d, in modules() order, is `replacement(bn, l)`."""
+    """Return a frozen eval-mode copy of `model` whose l-th BatchNorm2d, in modules() order, is `replacement(bn, l)`.
+
+    On a CPU the copy works channels-last, whatever the layout of the images it is given: its float32 convolutions take a
+    fifth to a third less time there. On other devices, which were not measured, it keeps torch's own layout.
+    """
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     layers = [(path, module) for path, module in twin.named_modules() if isinstance(module, nn.BatchNorm2d)]
     for index, (path, layer) in enumerate(layers):
         parent_path, _, child = path.rpartition(".")
         setattr(twin.get_submodule(parent_path), child, replacement(layer, index))
+    if all(parameter.device.type == "cpu" for parameter in twin.parameters()):
+        twin.to(memory_format=torch.channels_last)
+        twin.register_forward_pre_hook(_channels_last)
     return twin
+
+
+def _channels_last(_model: nn.Module, given: tuple[Tensor]) -> Tensor:
+    return given[0].contiguous(memory_format=torch.channels_last)

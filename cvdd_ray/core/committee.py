@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvdd_ray.core.batchnorm import MatchingBatchNorm, StatisticsDistance, fastest_layout, with_batchnorm_replaced
+from cvdd_ray.core.batchnorm import MatchingBatchNorm, StatisticsDistance, with_batchnorm_replaced
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Voter:
         )
         self._layers = [layer for layer in self._model.modules() if isinstance(layer, MatchingBatchNorm)]
         self._distances: dict[tuple[int, ...], StatisticsDistance] = {}  # by the layers that a forward pass has called
-        self._layout = fastest_layout(model)
-        self._model.to(memory_format=self._layout)
         self._bn_weight, self._first_bn_multiplier = bn_weight, first_bn_multiplier
 
     def vote(self, ballot: Ballot) -> Vote:
@@ -63,7 +61,7 @@ class Voter:
         views_GBCHW = ballot.views_GBCHW.detach().requires_grad_(True)
         self._groups[0] = num_groups
         self._tape.clear()
-        logits_NK = self._model(views_GBCHW.flatten(0, 1).contiguous(memory_format=self._layout))
+        logits_NK = self._model(views_GBCHW.flatten(0, 1))
         loss_N = F.cross_entropy(logits_NK, ballot.labels_GB.flatten(), reduction="none")
         cross_entropy_G = loss_N.view(num_groups, -1).mean(1)
         bn_term_G = self._bn_term(cross_entropy_G)

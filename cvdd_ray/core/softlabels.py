@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cvdd_ray.core.augment import Views, apply_views, cutmix, draw_cutmix_box, draw_views
-from cvdd_ray.core.batchnorm import GroupBatchNorm, fastest_layout, with_batchnorm_replaced
+from cvdd_ray.core.batchnorm import GroupBatchNorm, with_batchnorm_replaced
 from cvdd_ray.core.keys import generator
 
 MAX_IMAGES = 512  # in one call of a teacher
@@ -104,8 +104,6 @@ class Teacher:
             self._model = with_batchnorm_replaced(model, lambda layer, index: GroupBatchNorm(layer, self._groups))
         else:
             self._model = with_batchnorm_replaced(model, lambda layer, index: layer)
-        self._layout = fastest_layout(model)
-        self._model.to(memory_format=self._layout)
         if scope == "full":
             self._model.train()  # its BatchNorm has been replaced, so this wakes dropout and stochastic depth
 
@@ -113,7 +111,7 @@ class Teacher:
     def logits(self, views_NCHW: Tensor, num_groups: int = 1) -> Tensor:
         """Return logits_NK of a batch that holds `num_groups` equal, consecutive BatchNorm groups."""
         self._groups[0] = num_groups
-        return self._model(views_NCHW.contiguous(memory_format=self._layout))
+        return self._model(views_NCHW)
 
 
 def committee_logits(

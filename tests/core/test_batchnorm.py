@@ -8,6 +8,7 @@ from torch import nn
 from cvdd_ray.core.batchnorm import (
     GroupBatchNorm,
     MatchingBatchNorm,
+    StatisticsDistance,
     _AffineWithMoments,
     group_moments,
     with_batchnorm_replaced,
@@ -58,9 +59,10 @@ def test_matching_batchnorm_gives_what_the_layer_gives_in_eval_mode(affine, eps)
     assert var_GC.shape == (2, 3)
 
 
-def test_gradients_of_output_and_moments_are_those_of_plain_torch():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_output_and_moments_are_those_of_plain_torch(layout):
     layer, tape = batchnorm(), {}
-    x = normal(0, 6, 3, 4, 4).requires_grad_(True)
+    x = normal(0, 6, 3, 4, 4).contiguous(memory_format=layout).requires_grad_(True)
     dy, dmean, dvar = normal(1, 6, 3, 4, 4), normal(2, 2, 3), normal(3, 2, 3)
     y = MatchingBatchNorm(layer, 0, tape, [2])(x)
     (ours,) = torch.autograd.grad((y, *tape[0]), x, (dy, dmean, dvar))
@@ -68,6 +70,24 @@ def test_gradients_of_output_and_moments_are_those_of_plain_torch():
     moments = groups.mean((1, 3, 4)), groups.var((1, 3, 4), correction=0)
     (theirs,) = torch.autograd.grad((layer(x), *moments), x, (dy, dmean, dvar))
     assert torch.allclose(ours, theirs, atol=2e-6)
+
+
+def test_distance_of_layers_of_several_widths_is_that_of_each_alone():
+    widths, multipliers, groups = (3, 1, 5), (10.0, 1.0, 2.0), 2
+    running = [(normal(w, w), normal(10 + w, w).abs()) for w in widths]
+    moments = [
+        (normal(20 + w, groups, w).requires_grad_(True), normal(30 + w, groups, w).requires_grad_(True)) for w in widths
+    ]
+    ours_G = StatisticsDistance(running, multipliers)(moments)
+    theirs_G = sum(
+        m * ((var_C - var_GC).norm(dim=1) + (mean_C - mean_GC).norm(dim=1))
+        for m, (mean_C, var_C), (mean_GC, var_GC) in zip(multipliers, running, moments, strict=True)
+    )
+    assert torch.allclose(ours_G, theirs_G)
+    inputs, weight_G = [tensor for pair in moments for tensor in pair], torch.tensor([1.0, -3.0])
+    ours = torch.autograd.grad((ours_G * weight_G).sum(), inputs)
+    theirs = torch.autograd.grad((theirs_G * weight_G).sum(), inputs)
+    assert all(torch.allclose(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -112,3 +132,15 @@ def test_nested_layers_are_found():
     assert isinstance(twin[1][0][0], nn.Identity)
     assert isinstance(twin[1][1], nn.Identity)
     assert len(order) == 2
+
+
+def test_the_copy_works_channels_last_on_a_cpu_and_gives_what_the_model_gives():
+    model, x, layouts = tiny_net().eval(), normal(0, 2, 3, 10, 10), []
+    twin = with_batchnorm_replaced(model, lambda layer, index: layer)
+    convolutions = [module for module in twin.modules() if isinstance(module, nn.Conv2d)]
+    for convolution in convolutions:
+        convolution.register_forward_pre_hook(
+            lambda _, given: layouts.append(given[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    assert torch.allclose(twin(x), model(x), atol=1e-5)
+    assert layouts == [True] * len(convolutions)

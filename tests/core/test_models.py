@@ -7,6 +7,7 @@ import urllib.error
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from cvdd_ray.core import models
@@ -20,7 +21,7 @@ from cvdd_ray.core.models import (
     save_weights,
     weights_from_bytes,
 )
-from cvdd_ray.core.small_models import DenseLayer, InvertedResidual, scaled
+from cvdd_ray.core.small_models import DenseLayer, InvertedResidual, ShuffleBlock, interleaved, scaled
 from cvdd_ray.errors import ConfigError, DataError
 
 SMALL = sorted(name for name, entry in MODELS.items() if entry.small)
@@ -485,3 +486,27 @@ def test_torchvision_weights_that_cannot_fit_are_refused(args, source, message, 
 def test_load_weights_refuses_an_unknown_network():
     with pytest.raises(ConfigError, match="unknown network 'resnet19'"):
         load_weights(slim(), "torchvision:IMAGENET1K_V1", name="resnet19")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_shuffle_takes_channels_in_turn_and_keeps_the_layout(layout):
+    even, odd = (torch.arange(24.0).view(2, 3, 2, 2) + start for start in (0, 100))
+    even, odd = even.contiguous(memory_format=layout), odd.contiguous(memory_format=layout)
+    mixed = interleaved(even, odd)
+    assert torch.equal(mixed[:, 0::2], even)
+    assert torch.equal(mixed[:, 1::2], odd)
+    assert mixed.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_224_pixel_shufflenet_is_torchvisions(layout):
+    ours, theirs = (
+        build_model("shufflenet_v2", 3, 224).eval(),
+        torchvision.models.shufflenet_v2_x1_0(num_classes=3).eval(),
+    )
+    theirs.load_state_dict(ours.state_dict())
+    assert any(isinstance(block, ShuffleBlock) for block in ours.modules())
+    assert not any(isinstance(block, ShuffleBlock) for block in theirs.modules())
+    x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(ours.to(memory_format=layout)(x.contiguous(memory_format=layout)), theirs(x), atol=1e-5)
