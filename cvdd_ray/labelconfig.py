@@ -1,15 +1,15 @@
 """The section `relabel` of a configuration: who labels which views, and which labels are stored in which form."""
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
 from cvdd_ray.fields import AreaRange, Positive, PositiveFloat, Section
 
-STORAGE = ("stored_epochs", "precision", "top_k", "tail", "online")  # which labels are stored, and how
-
 
 class RelabelConfig(Section):
+    LATER: ClassVar[tuple[str, ...]] = ("stored_epochs", "precision", "top_k", "tail", "online")
+
     teachers: tuple[str, ...] | None = None
     """Experts that write the soft labels; None: the whole committee."""
     weighting: Literal["prior", "equal"] = "prior"
@@ -63,12 +63,6 @@ class RelabelConfig(Section):
         """Epochs of views that the teachers label."""
         return self.stored_epochs or self.epochs
 
-    def settings(self) -> dict[str, Any]:
-        """Return all settings by name, but those of storage only where they are not the usual: what is stored as ever
-        belongs to the same settings as ever."""
-        usual = {name for name in STORAGE if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_dump(exclude=usual)
-
     @model_validator(mode="after")
     def _check(self):
         if self.stored_epochs is not None and self.stored_epochs >= self.epochs:
@@ -77,7 +71,7 @@ class RelabelConfig(Section):
             )
         if self.tail != "drop" and self.top_k is None:
             raise ValueError(f"tail {self.tail!r} has no effect without top_k; set top_k or leave it out")
-        idle = [name for name in STORAGE if name in self.settings() and name != "online"]
+        idle = [name for name in self.LATER if name not in self.unused() and name != "online"]
         if self.online and idle:
             raise ValueError(f"{idle[0]} has no effect with online labels, which are not stored; leave it out")
         if self.scope == "full" and self.batchnorm == "eval":

@@ -85,7 +85,7 @@ def evaluate(run: Run, ipc: int) -> None:
     views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, run.config.relabel)
     student = student_settings(run, epochs, ipc * len(run.classes))
     settings = {
-        "evaluate": {**c.model_dump(exclude={"checkpoint_minutes"}), "epochs": epochs, "width": run.width},
+        "evaluate": {**c.counted(exclude={"checkpoint_minutes"}), "epochs": epochs, "width": run.width},
         "batch_size": student.batch_size,
         "bn_group": student.bn_group,
         "data.flip": run.config.data.flip,

@@ -86,7 +86,7 @@ def initialize(run: Run, ipc: int) -> Manifest:
     if specs:
         inputs["observer"] = hashes[f"pretrain/{observer}"]
     factor = tiles_per_side(run)
-    settings = {"ipc": ipc, "initialize": {**c.model_dump(), "observer": observer, "factor": factor}}
+    settings = {"ipc": ipc, "initialize": {**c.counted(), "observer": observer, "factor": factor}}
     plan = run.plan(f"initialize/ipc{ipc}", settings, inputs)
     found = run.artifacts.finished(plan)
     if found is not None:

@@ -140,7 +140,7 @@ def expert_plans(run: Run, given: Mapping[str, bytes | None]) -> dict[str, Stage
             "expert": name,
             "committee.width": c.committee.width,
             "committee.weights": None if weights is None else "given",
-            "pretrain": None if weights is not None else c.pretrain.model_dump(),
+            "pretrain": None if weights is not None else c.pretrain.counted(),
             "data.flip": c.data.flip,
         }
         content = {} if weights is None else {"weights": sha256(weights)}

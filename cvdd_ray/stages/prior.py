@@ -46,7 +46,7 @@ def measure_priors(run: Run) -> None:
     views = ViewSettings(c.seed, c.data.flip, run.info.image_size, c.relabel)
     student = student_settings(run, epochs, c.prior.ipc * len(run.classes))
     settings = {
-        "prior": {**c.prior.model_dump(), "iterations": iterations, "epochs": epochs},
+        "prior": {**c.prior.counted(), "iterations": iterations, "epochs": epochs},
         "synthesize": {**resolved_synthesis(run), "iterations": iterations},
         "relabel": c.relabel.model_dump(
             include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}

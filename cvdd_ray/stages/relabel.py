@@ -111,7 +111,7 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
     )
     resolved = {"teachers": names, "bn_group": c.resolved_bn_group(len(images))}
     encoding = label_encoding(c, len(run.classes))
-    settings = {"label_set": label_set, "relabel": {**c.settings(), **resolved}, "data.flip": run.config.data.flip}
+    settings = {"label_set": label_set, "relabel": {**c.counted(), **resolved}, "data.flip": run.config.data.flip}
     inputs = {
         "images": images.content(),
         "prior": prior_hash,
@@ -122,7 +122,7 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
         if work is None:
             return
         about = {"images": images.content(), "num_classes": len(run.classes), "teachers": names,
-                 "teacher_weights": list(weights), "relabel": c.settings(), "classes": run.classes}  # fmt: skip
+                 "teacher_weights": list(weights), "relabel": c.counted(), "classes": run.classes}  # fmt: skip
         if c.online:
             experts = {name: hashes[f"pretrain/{name}"] for name in names}
             about |= {"teachers": experts, "seed": run.config.seed, "flip": run.config.data.flip}

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+from cvdd_ray.config import RunConfig
 from cvdd_ray.core.synthesis import Job, SynthesisSettings
 from cvdd_ray.data.artifacts import Written
 from cvdd_ray.data.datasets import pixel_bounds
 from cvdd_ray.data.shards import assemble_shard, per_shard, shard_files
+from cvdd_ray.fields import Section
 from cvdd_ray.stages.context import Run, StageWork
 from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts, StoredStarts, VoterSettings
 from cvdd_ray.stages.initialize import START
@@ -29,7 +31,7 @@ def synthesize(run: Run, ipc: int) -> None:
     settings = {
         "ipc": ipc,
         "synthesize": resolved_synthesis(run),
-        "voting": c.voting.model_dump(),
+        "voting": c.voting.counted(),
         "data.flip": c.data.flip,
         "initialize.method": c.initialize.method,
     }
@@ -55,7 +57,7 @@ def resolved_synthesis(run: Run) -> dict:
         "roll": run.info.roll if s.roll is None else s.roll,
         "class_chunk": s.class_chunk or run.info.class_chunk,
     }
-    return {**s.model_dump(exclude={"checkpoint_every"}), **resolved}
+    return {**s.counted(exclude={"checkpoint_every"}), **resolved}
 
 
 def image_jobs(run: Run, ipc: int, vote: Callable[[int], tuple[Sequence[str], Sequence[float]]]) -> list[Job]:
@@ -116,13 +118,7 @@ def distill(
     }
     voter = VoterSettings(run.config.synthesize.bn_weight, run.config.synthesize.first_bn_multiplier)
     traces = work.distill(tasks, specs, voter, doing=doing)
-    place = {
-        "runtime": True,
-        "storage": True,
-        "data": {"path"},
-        "committee": {"weights"},
-    }  # equal bytes wherever it ran
-    about = {"kind": "distilled", "config": run.config.model_dump(mode="json", exclude=place)}
+    about = {"kind": "distilled", "config": recorded_config(run.config)}
     result = {}
     for base in sets:
         own = {title: group for title, (owner, group) in groups.items() if owner == base}
@@ -135,6 +131,16 @@ def distill(
         trace = [tuple(row) for title in own for row in json.loads(traces[title])]
         result[base] = (*work.image_set(base, ipc, assemble_shard, (where,), about), trace)
     return result
+
+
+def recorded_config(c: RunConfig) -> dict:
+    """Return the configuration as files of images record it: without where it ran and where things lie, so that they have
+    equal bytes everywhere, and without settings that came later and are not used."""
+    sections = {name: section for name, section in c if isinstance(section, Section) and name != "relabel"}
+    exclude: dict = {name: section.unused() for name, section in sections.items()}  # relabel's were always recorded
+    exclude["data"] |= {"path"}
+    exclude["committee"] |= {"weights"}
+    return c.model_dump(mode="json", exclude={**exclude, "runtime": True, "storage": True})
 
 
 def starting_images(run: Run, ipc: int) -> StoredStarts | NoiseStarts:

@@ -14,7 +14,7 @@ from cvdd_ray.core.labelcodes import DROPPED
 from cvdd_ray.data.artifacts import Artifacts
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
-from cvdd_ray.labelconfig import STORAGE, RelabelConfig
+from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.recipes import with_settings
 from cvdd_ray.stages import evaluate as evaluation
 from cvdd_ray.stages import relabel as stage
@@ -255,8 +255,8 @@ def test_labels_in_shards_are_those_in_one_file(combined, base, tmp_path, monkey
 def test_what_is_stored_as_ever_belongs_to_the_settings_of_ever(stored):
     """Labels that were made before there were other ways to store them are found by their settings."""
     settings = stored[0].artifacts.manifest(LABELS).identity["settings"]["relabel"]
-    assert not set(settings) & set(STORAGE)
-    assert set(RelabelConfig.model_fields) - set(settings) == set(STORAGE)
+    assert not set(settings) & set(RelabelConfig.LATER)
+    assert set(RelabelConfig.model_fields) - set(settings) == set(RelabelConfig.LATER)
     metadata = cvdd_ray.load_distilled(stored[0].store.root).labels.metadata
     assert not {"encoding", "replayed_epochs"} & set(metadata)
 
