@@ -61,12 +61,15 @@ class Comparison:
 
 
 class Side:
-    """A process that has built `build(*arguments)`, a Round, and does rounds when it is asked to."""
+    """A process that has built `build(*arguments)`, a Round, and does rounds when it is asked to; set up as workers are
+    (`prepare_torch`), where `keep_memory` says so with their memory."""
 
-    def __init__(self, build: Callable[..., Round], arguments: Sequence, threads: int):
+    def __init__(self, build: Callable[..., Round], arguments: Sequence, threads: int, keep_memory: bool):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, build, tuple(arguments), threads), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, build, tuple(arguments), threads, keep_memory), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -95,8 +98,8 @@ class Side:
             self._process.kill()
 
 
-def _serve(pipe: Connection, build: Callable[..., Round], arguments: tuple, threads: int) -> None:
-    device, work = prepare_torch(threads), None
+def _serve(pipe: Connection, build: Callable[..., Round], arguments: tuple, threads: int, keep_memory: bool) -> None:
+    device, work = prepare_torch(threads, keep_memory=keep_memory), None
     try:
         while pipe.recv():
             try:
@@ -132,7 +135,9 @@ def compare(
 
     Raises what the work raises, and CvddError as `Side.round`.
     """
-    running = {name: Side(build, arguments, threads) for name, (build, arguments) in sides.items()}
+    running = {
+        name: Side(build, arguments, threads, keep_memory=name == "ours") for name, (build, arguments) in sides.items()
+    }
     try:
         answers = {name: [] for name in running}
         for _ in range(1 + rounds):

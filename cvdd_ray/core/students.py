@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvdd_ray.core.keys import key
+from cvdd_ray.core.microbatches import micro_batches_per_call, own_statistics
 from cvdd_ray.core.schedules import student_lr
 from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
 from cvdd_ray.core.workers import ALONE, RunningStatistics, Workers
@@ -23,6 +24,21 @@ def kd_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tenso
     log_q = F.log_softmax(student_BK / temperature, 1)
     log_p = F.log_softmax(teacher_BK / temperature, 1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def micro_losses(
+    logits_M: Sequence[Tensor], targets_M: Sequence[Tensor], temperature: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss of each micro-batch, and of how many images in all the largest logit is the label's.
+
+    Targets are logits_BK of the teachers, or labels_B with temperature None (cross-entropy)."""
+    pairs = list(zip(logits_M, targets_M, strict=True))
+    if temperature is None:
+        losses, wanted = [F.cross_entropy(logits, labels) for logits, labels in pairs], torch.cat(tuple(targets_M))
+    else:
+        losses = [kd_loss(logits, theirs, temperature) for logits, theirs in pairs]
+        wanted = torch.cat([theirs.argmax(1) for theirs in targets_M])
+    return torch.stack(losses), (torch.cat(tuple(logits_M)).argmax(1) == wanted).sum()
 
 
 def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -87,7 +103,7 @@ class StudentTraining:
         self.student, self.next_epoch = student.to(memory_format=torch.channels_last), 0
         self._images_NCHW, self._s, self._seed, self._workers = images_NCHW, settings, seed, workers
         groups = adamw_groups(student, settings.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8)
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
     def run_epoch(self, rows: Iterable[tuple[BatchPlan, Tensor]], settings: StudentSettings | None = None):
         """Train one epoch on (plan, targets): logits_BK of the teachers, or labels_B with temperature None; return (mean
@@ -105,43 +121,49 @@ class StudentTraining:
         decayed["weight_decay"] = s.weight_decay
         self.student.train()
         statistics = RunningStatistics(self.student, self._workers)
-        loss_sum, agreed, seen, before = 0.0, 0, 0, 0  # `before`: micro-batches of the epoch's earlier batches
-        device = self._images_NCHW.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        device, before = self._images_NCHW.device, 0  # micro-batches of the epoch's earlier batches
+        totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, agreed, images
+        per_call = self._micro_batches_per_call(s.bn_group)
+        draws = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with draws, own_statistics(self.student) as sizes_of_call:
             for plan, targets in rows:
                 sizes = group_sizes(len(targets), s.bn_group)
                 targets_M, own = targets.split(sizes), self._workers.own(len(sizes))
+                calls = [own[start : start + per_call] for start in range(0, len(own), per_call)]
                 self._optimizer.zero_grad(set_to_none=True)
-                for k, micro_views in zip(own, self._views(plan, sizes, own), strict=True):
-                    statistics.before(before + k)
-                    torch.manual_seed(key(self._seed, "student-epoch", epoch, plan.batch, k))
-                    logits, micro_targets = self.student(micro_views), targets_M[k]
-                    if s.temperature is None:
-                        loss, wanted = F.cross_entropy(logits, micro_targets), micro_targets
-                    else:
-                        loss, wanted = kd_loss(logits, micro_targets, s.temperature), micro_targets.argmax(1)
-                    (loss / num_accumulated).backward()
-                    loss_sum += float(loss.detach()) * len(logits)
-                    agreed += int((logits.argmax(1) == wanted).sum())
-                    seen += len(logits)
+                for call, views in zip(calls, self._views(plan, sizes, calls), strict=True):
+                    statistics.before(before + call[0], len(call))
+                    torch.manual_seed(key(self._seed, "student-epoch", epoch, plan.batch, call[0]))
+                    sizes_of_call[:] = [sizes[k] for k in call]
+                    logits_M = self.student(views).split(sizes_of_call)
+                    loss_M, agreed = micro_losses(logits_M, [targets_M[k] for k in call], s.temperature)
+                    (loss_M.sum() / num_accumulated).backward()
+                    size_M = torch.tensor(sizes_of_call, device=device)
+                    totals += torch.stack([(loss_M.detach() * size_M).sum(), agreed, size_M.sum()])
                 before += len(sizes)
                 self._add_up_gradients()
                 self._optimizer.step()
         statistics.finish(before)
-        totals = torch.tensor([loss_sum, agreed, seen], dtype=torch.float64, device=device)
         self._workers.all_reduce([totals])
         loss_sum, agreed, seen = totals.tolist()
         self.next_epoch += 1
         return loss_sum / seen, 100.0 * agreed / seen
 
-    def _views(self, plan: BatchPlan, sizes: Sequence[int], own: Sequence[int]) -> Sequence[Tensor]:
-        """Return the views of this worker's micro-batches, of `sizes` images; no others are made."""
+    def _micro_batches_per_call(self, bn_group: int) -> int:
+        """Return how many micro-batches a call takes: one where workers divide them, since others' lie between."""
+        if self._workers.world_size > 1:
+            return 1
+        return micro_batches_per_call(self.student, bn_group, self._images_NCHW.shape[-1])
+
+    def _views(self, plan: BatchPlan, sizes: Sequence[int], calls: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+        """Return the views of every call of this worker, whose micro-batches are of `sizes` images; no others are made."""
+        own = [k for call in calls for k in call]
         if not own:
             return ()
         rows_M = torch.arange(sum(sizes)).split(sizes)
         rows_R = None if len(own) == len(sizes) else torch.cat([rows_M[k] for k in own])
         views_RCSS = batch_views(self._images_NCHW, plan, rows_R).contiguous(memory_format=torch.channels_last)
-        return views_RCSS.split([sizes[k] for k in own])
+        return views_RCSS.split([sum(sizes[k] for k in call) for call in calls])
 
     def _add_up_gradients(self) -> None:
         """Sum what the workers have accumulated; a worker without a micro-batch in a short batch adds nothing."""
@@ -162,10 +184,13 @@ class StudentTraining:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state()` of the same network."""
         self.student.load_state_dict({n.removeprefix("model/"): v for n, v in state.items() if n.startswith("model/")})
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             if name.startswith("optimizer/"):
                 _, index, moment = name.split("/")
+                if value.ndim:  # the fused step takes a moment to lie in memory as its parameter does
+                    value = torch.empty_like(parameters[int(index)]).copy_(value)
                 moments.setdefault(int(index), {})[moment] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})

@@ -73,10 +73,11 @@ class RunningStatistics:
             for buffer in (*self._counts, *(buffer for buffer, _ in self._shares)):
                 buffer.zero_()
 
-    def before(self, number: int) -> None:
-        """Make up for the micro-batches between this worker's last one and its next, number `number` of the epoch."""
+    def before(self, number: int, count: int = 1) -> None:
+        """Make up for the micro-batches between this worker's last one and its next `count`, from number `number` of the
+        epoch on."""
         self._shrink(number - self._seen)
-        self._seen = number + 1
+        self._seen = number + count
 
     def finish(self, num_micro_batches: int) -> None:
         """Give every worker the statistics after the epoch's last micro-batch."""

@@ -124,11 +124,11 @@ def test_the_ratio_is_the_median_round_s():
 
 
 def test_errors_of_a_side_are_raised_and_its_death_is_said():
-    side = Side(failing, [CvddError("no such thing")], 1)
+    side = Side(failing, [CvddError("no such thing")], 1, keep_memory=True)
     with pytest.raises(CvddError, match="no such thing"):
         side.round()
     side.close()
-    side = Side(dying, [], 1)
+    side = Side(dying, [], 1, keep_memory=True)
     with pytest.raises(CvddError, match="ended with code 7"):
         side.round()
     side.close()

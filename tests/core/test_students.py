@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvf
 
+from cvdd_ray.core import microbatches
 from cvdd_ray.core.augment import Views
 from cvdd_ray.core.models import build_model
 from cvdd_ray.core.softlabels import BatchPlan, epoch_plans
@@ -101,13 +102,20 @@ def test_a_last_batch_of_four_has_half_the_weight():
     assert distance([g / 2 for g in full], ours) < 1e-4
 
 
-def test_student_batchnorm_sees_groups_of_the_labels_size():
-    seen = []
-
-    listener = Listener(CLASSES, lambda x, net: seen.append((len(x), net.training)))
-    images = normal(0, 33, 3, SIZE, SIZE)
-    train_student(listener, images, soft_epochs(33), settings(), lambda net: 0.0)
-    assert seen == [(8, True), (8, True), (8, True), (9, True)]  # 33 = 16 + 17: no image stands alone
+@pytest.mark.parametrize("max_pixels", [1, 8 * 8 * SIZE**2])
+def test_student_batchnorm_sees_groups_of_the_labels_size(monkeypatch, max_pixels):
+    """Whatever a call holds, running statistics are those of groups of 8, 8, 8 and 9 (33 = 16 + 17: no image stands alone)."""
+    monkeypatch.setattr(microbatches, "MAX_PIXELS", max_pixels)
+    net, images, rows, calls = tiny_net(1), normal(0, 33, 3, SIZE, SIZE), soft_epochs(33)(0), []
+    net.register_forward_pre_hook(lambda _net, given: calls.append(len(given[0])))
+    train_student(net, images, lambda epoch: rows, settings(lr=1e-30, weight_decay=0.0), lambda net: 0.0)
+    assert calls == ([8, 8, 8, 9] if max_pixels == 1 else [16, 17])
+    expected = tiny_net(1).train()
+    with torch.no_grad():
+        for group in [part for plan, _ in rows for part in naive_batch(images, plan).tensor_split([8])]:
+            expected(group)
+    for one, other in zip(net.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 # --- the student's loop --------------------------------------------------------------------------------------------
@@ -202,7 +210,7 @@ def test_student_is_back_in_train_mode_after_a_test():
         listener, normal(0, 16, 3, SIZE, SIZE), soft_epochs(16), settings(epochs=3, test_every=1),
         lambda net: net.eval() and 0.0,
     )  # fmt: skip
-    assert modes == [True] * 6
+    assert modes == [True] * 3
 
 
 def test_weight_decay_groups_of_resnet18_with_100_classes():
@@ -266,6 +274,7 @@ def test_a_student_taken_up_again_goes_on_bit_for_bit():
 def test_every_micro_batch_draws_numbers_of_its_own():
     drawn = []
     listener = Listener(CLASSES, lambda x, net: drawn.append(float(torch.rand(()))))
+    listener.dropout = nn.Dropout(0.5)  # says that the network draws
     images = normal(0, 20, 3, SIZE, SIZE)
     losses_of(StudentTraining(listener, images, settings(), seed=3), range(2))
     assert len(drawn) == len(set(drawn)) == 2 * 3  # of two epochs with micro-batches of 8, 8 and 4
