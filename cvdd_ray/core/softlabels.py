@@ -15,6 +15,7 @@ from cvdd_ray.core.batchnorm import GroupBatchNorm, with_batchnorm_replaced
 from cvdd_ray.core.keys import generator
 
 MAX_IMAGES = 512  # in one call of a teacher
+MAX_IMAGES_ON_CPU = 64  # more take longer each, since less of them stays in the caches, and more memory
 
 
 @dataclass(frozen=True)

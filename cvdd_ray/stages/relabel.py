@@ -14,6 +14,8 @@ from cvdd_ray.core.experts import ExpertSpec, work_device
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.labelcodes import LabelEncoding
 from cvdd_ray.core.softlabels import (
+    MAX_IMAGES,
+    MAX_IMAGES_ON_CPU,
     BatchPlan,
     Teacher,
     batch_starts,
@@ -232,7 +234,8 @@ class Labeller:
         self._networks = [Teacher(spec.build(device), batchnorm=c.batchnorm, scope=c.scope) for spec in teachers]
         self._pixels, self._weights, self._views = network_inputs(images_NCHW, info, device), weights, views
         self._bn_group = c.resolved_bn_group(len(self._pixels))
-        self._together = batches_together(c.resolved_batch_size(len(self._pixels)), self._bn_group)
+        self._per_call = MAX_IMAGES_ON_CPU if device.type == "cpu" else MAX_IMAGES
+        self._together = batches_together(c.resolved_batch_size(len(self._pixels)), self._bn_group, self._per_call)
 
     def epoch(self, epoch: int) -> list[tuple[BatchPlan, Tensor]]:
         """Return the (plan, logits_BK in fp32) of every batch of an epoch; they depend on nothing but its number."""
@@ -244,7 +247,8 @@ class Labeller:
                 torch.manual_seed(key(self._views.seed, "dropout", epoch))
             for some in cuts(len(plans), self._together):
                 batches = [batch_views(self._pixels, plans[k]) for k in some]
-                logits += [p.cpu() for p in committee_logits(self._networks, self._weights, batches, self._bn_group)]
+                labelled = committee_logits(self._networks, self._weights, batches, self._bn_group, self._per_call)
+                logits += [part.cpu() for part in labelled]
         return list(zip(plans, logits, strict=True))
 
 

@@ -77,9 +77,9 @@ def labelled(request, monkeypatch, tmp_path):
     num_images, sizes = request.param
     shown = []
 
-    def listen(teachers, weights, batches, bn_group):
+    def listen(teachers, weights, batches, *numbers):
         shown.append([batch.clone() for batch in batches])
-        return committee_logits(teachers, weights, batches, bn_group)
+        return committee_logits(teachers, weights, batches, *numbers)
 
     monkeypatch.setattr(relabel, "committee_logits", listen)
     images = pixels(num_images)
