@@ -13,6 +13,7 @@ from rich.table import Table
 from cvdd_ray.config import RunConfig
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
 from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names, without_login
+from cvdd_ray.recipes.composed import PATTERN, vocabulary
 
 app = typer.Typer(
     name="cvdd",
@@ -243,15 +244,30 @@ def export(
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, resolved.")] = None) -> None:
+def recipes(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[NAME]", help="Print this recipe, resolved.")] = None,
+) -> None:
     """List the packaged recipes, or print one with every setting."""
-    if name is not None:
-        print(dump_config(load_config(name)), end="")
+    names = words[1:] if words and words[0] == "show" else words
+    if words and len(names) != 1:
+        raise ConfigError(f"recipes {' '.join(words)}: give one recipe, as in cvdd recipes show digits-demo")
+    if names:
+        print(dump_config(load_config(names[0])), end="")
         return
     table = Table("recipe", "what it is", box=None)
     for known in recipe_names():
         table.add_row(known, recipe_description(known))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"\nAs in the paper's tables: {PATTERN}, e.g. cifar100-ipc10-r50 or cifar100-ipc10-r50-sre2l++", soft_wrap=True
+    )
+    table = Table("part", "word", "what it is", box=None)
+    for kind, words_ in vocabulary().items():
+        for word, meaning in words_.items():
+            table.add_row(kind, word, meaning)
+            kind = ""
+    console.print(table)
 
 
 @app.command()

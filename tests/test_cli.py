@@ -97,9 +97,16 @@ def test_recipes_and_schema(cvdd):
     code, out, _ = cvdd("recipes")
     assert code == 0
     assert "digits-demo" in out
+    assert "DATASET-ipcN-STUDENT" in out
+    assert len(out.splitlines()) < 50
     code, out, _ = cvdd("recipes", "cifar10-cpu")
     assert code == 0
     assert "max_per_class: 2000" in out
+    assert cvdd("recipes", "show", "cifar10-cpu") == (0, out, "")
+    code, out, _ = cvdd("recipes", "show", "cifar100-ipc10-r50")
+    assert (code, "- resnet50\n  width: null" in out) == (0, True)
+    code, _, err = cvdd("recipes", "show")
+    assert (code, err.count("\n")) == (2, 1)
     code, out, _ = cvdd("schema")
     assert code == 0
     assert json.loads(out)["properties"]["synthesize"]
@@ -110,6 +117,8 @@ def test_recipes_and_schema(cvdd):
 
 BAD = [
     (["run", "nope"], "neither packaged nor a file"),
+    (["run", "cifar10-ipc1-r19"], "student 'r19' is not one of r18, r50, r101"),
+    (["recipes", "show", "a", "b"], "give one recipe"),
     (["run", "digits-demo", "--set", "synthesize.iterations=x"], "synthesize.iterations: got 'x'"),
     (["run", "digits-demo", "--set", "nothing"], "give section.key=value"),
     (["run", "digits-demo", "--set", "data.classes=[b, a]"], "data.classes"),

@@ -145,7 +145,7 @@ def test_the_utilization_of_the_published_code_is_what_plan_says():
 
 
 def test_recipes_named_in_the_text_exist():
-    for name in re.findall(r"cvdd run ([a-z0-9-]+)", README):
+    for name in re.findall(r"cvdd run ([a-z0-9+-]+)", README):
         load_config(name)
 
 

@@ -12,19 +12,22 @@ from pydantic import BaseModel, ValidationError
 
 from cvdd_ray.config import RunConfig, StorageConfig
 from cvdd_ray.errors import ConfigError
+from cvdd_ray.recipes.composed import all_names, compose, describe, is_composed, parse_name
 
 HEADER_KEYS = ("base", "description")
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the packaged recipes."""
+    """Return the names of the recipes with a file of their own; `composed` has those that are put together by name."""
     return sorted(entry.name.removesuffix(".yaml") for entry in resources.files(__name__).iterdir()
                   if entry.name.endswith(".yaml"))  # fmt: skip
 
 
 def recipe_description(name: str) -> str:
     """Return a recipe's one-line description."""
+    if _is_composed(name):
+        return describe(parse_name(name))
     return str(_read(name).get("description", "")).strip()
 
 
@@ -126,10 +129,12 @@ def _resolve(recipe: str, seen: tuple[str, ...], base: str | None = None) -> dic
 
 
 def _read(recipe: str) -> dict[str, Any]:
+    if _is_composed(recipe):
+        return compose(parse_name(recipe))
     packaged = resources.files(__name__) / f"{recipe}.yaml"
     source = packaged if "/" not in recipe and packaged.is_file() else Path(recipe)
     if not source.is_file():
-        near = difflib.get_close_matches(recipe, recipe_names(), 1)
+        near = difflib.get_close_matches(recipe, [*recipe_names(), *map(str, all_names())], 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
             f"recipe {recipe!r} is neither packaged nor a file; {hint}`cvdd recipes` lists the packaged ones"
@@ -139,6 +144,10 @@ def _read(recipe: str) -> dict[str, Any]:
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{recipe}: cannot be read as text ({error})") from None
     return _parse(text, recipe)
+
+
+def _is_composed(recipe: str) -> bool:
+    return is_composed(recipe) and recipe not in recipe_names() and not Path(recipe).is_file()
 
 
 def _parse(text: str, recipe: str) -> dict[str, Any]:

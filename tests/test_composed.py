@@ -1,0 +1,238 @@
+"""Recipes by name: every name resolves, the published numbers are in them, recipes of old stay what they were."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cvdd_ray
+from cvdd_ray.config import RunConfig
+from cvdd_ray.data.datasets import dataset_info
+from cvdd_ray.errors import ConfigError
+from cvdd_ray.recipes import composed as names_of
+from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names
+from cvdd_ray.recipes.composed import DATASETS, RecipeName, all_names, parse_name, part
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.pipeline import STAGES
+
+FROZEN = json.loads((Path(__file__).parent / "frozen_recipes.json").read_text())
+NAMES = [str(name) for name in all_names()]
+FIVE = ("cifar10", "cifar100", "tinyimagenet", "imagenette", "imagenet1k")  # of the paper
+
+
+# ------------------------------------------------------------------------------------------------- every name
+
+
+def test_every_name_resolves_and_is_read_back():
+    """Each to a checked configuration of its own, of the dataset, IPC and student that it names."""
+    seen = {}
+    for name in NAMES:
+        config, about = load_config(name), parse_name(name)
+        assert str(about) == name
+        assert config.ipc == (about.ipc,)
+        assert config.evaluate.students == (part("common")["students"][about.student],)
+        assert dataset_info(config.data).name == {"tinyimagenet": "tiny_imagenet"}.get(about.dataset, about.dataset)
+        assert str(about.ipc) in recipe_description(name)
+        written = config.model_dump_json()
+        assert written not in seen, f"{name} is {seen.get(written)} under another name"
+        seen[written] = name
+    for dataset in FIVE:
+        for ipc in (1, 10, 50):
+            for student in ("r18", "r50", "r101"):
+                for tail in ("", "-sre2l++", "-paper", "-code", "-sre2l++-paper", "-sre2l++-code"):
+                    assert f"{dataset}-ipc{ipc}-{student}{tail}" in NAMES
+
+
+def test_rules_speak_of_what_there_is():
+    """No rule waits for a word that no name has, none is without effect on all recipes it could be for."""
+    for name in NAMES:
+        parse_name(name)
+    known = {
+        "dataset": set(DATASETS), "ipc": set(part("common")["ipc"]), "student": set(part("common")["students"]),
+        "method": {"", *part("methods")}, "variant": {"", *part("variants")},
+    }  # fmt: skip
+    files = ["common", *DATASETS]
+    lists = [part(file)["rules"] for file in files] + [
+        about["rules"] for kind in ("methods", "variants") for about in part(kind).values()
+    ]
+    for rule in (rule for rules in lists for rule in rules):
+        assert set(rule) <= {"when", "set"}
+        for key, values in rule.get("when", {}).items():
+            assert set(values) <= known[key], rule
+
+
+def test_methods_and_variants_are_small_differences():
+    """A method or a variant is a few lines, not a recipe of its own."""
+    for kind in ("methods", "variants"):
+        for word, about in part(kind).items():
+            assert "-" not in word, f"{word}: a dash separates the parts of a name"
+            assert about["title"]
+            assert len(yaml.safe_dump(about["rules"])) < 3000
+
+
+WRONG = {
+    "cifar100-ipc20-r50": r"'ipc20' is not one of ipc1, ipc10, ipc50; others with --set 'ipc=\[N\]'",
+    "cifar100-ipc10-r51": r"student 'r51' is not one of r18, r50, r101.*did you mean 'cifar100-ipc10-r50'",
+    "cifar100-ipc10": r"student '' is not one of.*did you mean 'cifar100-ipc10-r18'",
+    "cifar100-ipc10-r50-sre2l+": r"method or variant 'sre2l\+' is not one of sre2l\+\+,.*'cifar100-ipc10-r50-sre2l\+\+'",
+    "cifar100-ipc10-r50-sre2l++-papr": r"variant 'papr' is not one of paper, code.*'cifar100-ipc10-r50-sre2l\+\+-paper'",
+    "cifar100-ipc10-r50-paper-code": r"'paper-code' is not one of",
+    "imagewoof-ipc10-r18-paper": r"'paper' is not one of",
+    "cifar100ipc10-r50": r"neither packaged nor a file; did you mean 'cifar100-ipc10-r50'",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_names_get_one_line_that_helps(name):
+    with pytest.raises(ConfigError, match=WRONG[name]) as caught:
+        load_config(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_printed_is_the_recipe(tmp_path):
+    (tmp_path / "copy.yaml").write_text(dump_config(load_config("imagenet1k-ipc1-r101-sre2l++-code")))
+    assert load_config(str(tmp_path / "copy.yaml")) == load_config("imagenet1k-ipc1-r101-sre2l++-code")
+
+
+def test_a_composed_recipe_is_a_base_like_any_other(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: cifar100-ipc10-r50\nsynthesize: {iterations: 7}\n")
+    mine, base = load_config(str(tmp_path / "mine.yaml")), load_config("cifar100-ipc10-r50")
+    assert mine == base.model_copy(update={"synthesize": base.synthesize.model_copy(update={"iterations": 7})})
+
+
+def test_a_new_method_is_one_mapping(monkeypatch):
+    """What a name means is in the YAML files alone."""
+    methods = {**part("methods"), "mine": {"title": "Mine", "rules": [{"set": {"synthesize": {"lr": 0.7}}}]}}
+    monkeypatch.setattr(names_of, "part", lambda name, real=part: methods if name == "methods" else real(name))
+    assert load_config("cifar10-ipc1-r18-mine").synthesize.lr == 0.7
+    assert RecipeName("cifar10", 1, "r18", "mine") in list(all_names())
+    with pytest.raises(ConfigError, match="method 'mine' has no variants; leave -paper out"):
+        load_config("cifar10-ipc1-r18-mine-paper")
+
+
+# ------------------------------------------------------------------------------------------------- published numbers
+
+# Tables 10, 12, 14, 16, 17: student -> IPC -> (learning rate, eta, batch)
+STUDENTS = {
+    "cifar10": {"r18": {1: (1e-3, 1, 10), 10: (1e-3, 1, 16), 50: (1e-3, 1, 16)},
+                "r50": {1: (1e-3, 1, 10), 10: (1e-3, 1, 16), 50: (1e-3, 1, 16)},
+                "r101": {1: (5e-4, 1, 10), 10: (5e-4, 1, 16), 50: (5e-4, 1, 16)}},
+    "cifar100": {"r18": {1: (1e-3, 1, 16), 10: (1e-3, 2, 16), 50: (1e-3, 1, 16)},
+                 "r50": {1: (1e-3, 1, 16), 10: (1e-3, 2, 16), 50: (1e-3, 1, 16)},
+                 "r101": {1: (5e-4, 1, 16), 10: (5e-4, 1, 16), 50: (5e-4, 1, 16)}},
+    "tinyimagenet": {"r18": {1: (1e-3, 2, 16), 10: (1e-3, 2, 16), 50: (1e-3, 1, 16)},
+                     "r50": {1: (1e-3, 1, 16), 10: (1e-3, 1, 16), 50: (1e-3, 1, 16)},
+                     "r101": {1: (5e-4, 2, 16), 10: (5e-4, 2, 16), 50: (5e-4, 2, 16)}},
+    "imagenette": {"r18": {1: (5e-4, 2, 10), 10: (5e-4, 1, 10), 50: (5e-4, 2, 10)},
+                   "r50": {1: (5e-4, 2, 10), 10: (1e-3, 1, 10), 50: (5e-4, 1, 10)},
+                   "r101": {1: (5e-4, 2, 10), 10: (5e-4, 2, 10), 50: (1e-3, 2, 10)}},
+    "imagenet1k": {"r18": {1: (1e-3, 2, 16), 10: (1e-3, 2, 16), 50: (1e-3, 1, 16)},
+                   "r50": {1: (1e-3, 2, 16), 10: (1e-3, 2, 16), 50: (1e-3, 1, 16)},
+                   "r101": {1: (1e-3, 2, 16), 10: (1e-3, 2, 16), 50: (5e-4, 2, 16)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", FIVE)
+def test_students_are_trained_as_the_tables_say(dataset):
+    for student, rows in STUDENTS[dataset].items():
+        for ipc, expected in rows.items():
+            for tail in ("", "-sre2l++", "-paper"):
+                c = load_config(f"{dataset}-ipc{ipc}-{student}{tail}")
+                batch = c.relabel.resolved_batch_size(ipc * dataset_info(c.data).num_classes)
+                assert (c.evaluate.lr, c.evaluate.eta, batch) == expected, (dataset, student, ipc, tail)
+                assert (c.student_epochs, c.evaluate.temperature, c.evaluate.weight_decay) == (300, 20, 0.01)
+                assert (c.evaluate.schedule, c.evaluate.warmup_epochs, c.evaluate.phases) == ("cosine", 0, ())
+
+
+# Tables 9, 11, 13, 15 as decisions 16-18 settle them: optimiser, lr, weight decay, batch, epochs, T_max, crop
+SQUEEZE = {
+    "cifar10": ("adam", 1e-3, 1e-4, 512, 200, None, "pad"),
+    "cifar100": ("adam", 1e-3, 1e-4, 512, 200, None, "pad"),
+    "tinyimagenet": ("sgd", 0.01, 1e-4, 128, 50, None, "pad"),
+    "imagenette": ("sgd", 0.01, 1e-4, 64, 300, None, "random_resized"),
+    "imagenet1k": ("sgd", 0.1, 1e-4, 128, 300, None, "random_resized"),  # the "prior" script; V1 weights are given
+}
+PAPER_SQUEEZE = {
+    "cifar10": ("adam", 1e-3, 1e-4, 512, 200, None, "random_resized"),
+    "tinyimagenet": ("sgd", 0.1, 1e-4, 128, 50, None, "random_resized"),
+    "imagenette": ("sgd", 0.01, 1e-4, 64, 300, None, "random_resized"),
+}
+CODE_SQUEEZE = {**SQUEEZE, "imagenette": ("sgd", 0.01, 1e-4, 64, 300, 100, "random_resized")}
+
+
+@pytest.mark.parametrize(("tail", "rows"), [("", SQUEEZE), ("-paper", PAPER_SQUEEZE), ("-code", CODE_SQUEEZE)])
+def test_experts_are_trained_as_the_tables_say(tail, rows):
+    for dataset, expected in rows.items():
+        p = load_config(f"{dataset}-ipc10-r18{tail}").pretrain
+        assert (p.optimizer, p.lr, p.weight_decay, p.batch_size, p.epochs, p.cosine_epochs, p.crop) == expected, dataset
+        assert p.crop != "pad" or p.pad == 4
+
+
+def test_the_committee_of_imagenet_1k_is_torchvisions():
+    five = load_config("imagenet1k-ipc50-r50").committee
+    assert set(five.weights) == set(five.experts)
+    assert set(five.weights.values()) == {"torchvision:IMAGENET1K_V1"}
+    assert not load_config("imagenet100-ipc50-r50").committee.weights
+
+
+# Table 19 and the public code's priors: R18, R50, SV, MB, D121
+PRIORS = {
+    "paper": {
+        "cifar10": (63.01, 65.25, 68.52, 67.61, 67.57), "cifar100": (64.00, 60.58, 51.62, 59.34, 56.36),
+        "tinyimagenet": (46.50, 28.37, 43.56, 44.84, 41.5), "imagenette": (62.40, 52.00, 57.20, 54.00, 60.80),
+        "imagenet1k": (43.10, 41.37, 43.73, 39.15, 38.97),
+    },
+    "code": {
+        "cifar10": (63, 65.3, 68.5, 67.6, 67.4), "cifar100": (64, 60.6, 51.6, 59.4, 56.4),
+        "tinyimagenet": (46.5, 28.3, 43.6, 44.8, 41.5), "imagenette": (62.4, 52, 57.2, 54, 60.8),
+        "imagenet1k": (56.4, 42.3, 52.5, 44.2, 40.6),
+    },
+}  # fmt: skip
+COMMITTEE = ("resnet18", "resnet50", "shufflenet_v2", "mobilenet_v2", "densenet121")
+
+
+def test_both_tables_of_priors_are_shipped_and_the_default_measures():
+    for variant, rows in PRIORS.items():
+        for dataset, values in rows.items():
+            prior = load_config(f"{dataset}-ipc10-r18-{variant}").prior
+            assert (prior.method, prior.values) == ("given", dict(zip(COMMITTEE, values, strict=True)))
+    for dataset, ipc in {"cifar10": 50, "cifar100": 50, "tinyimagenet": 10, "imagenette": 10, "imagenet1k": 10}.items():
+        for at in (1, 10, 50):
+            prior = load_config(f"{dataset}-ipc{at}-r101").prior
+            assert (prior.method, prior.values, prior.ipc, prior.student) == ("distill", {}, ipc, "resnet18")
+
+
+# ------------------------------------------------------------------------------------------------- recipes of old
+
+
+@pytest.mark.parametrize("name", FROZEN["recipes"])
+def test_a_recipe_of_old_is_what_it_was(name):
+    """Setting by setting as when it was first shipped; settings that came later are at their defaults."""
+    now, default = load_config(name).model_dump(mode="json"), RunConfig().model_dump(mode="json")
+    was = FROZEN["recipes"][name]
+    assert name in recipe_names()
+    for section, values in default.items():
+        if not isinstance(values, dict):
+            assert now[section] == was.get(section, FROZEN["defaults"][section])
+            continue
+        expected = {**values, **FROZEN["defaults"][section], **was.get(section, {})}
+        assert now[section] == expected, section
+
+
+def test_a_run_of_old_is_found_by_its_settings(tmp_path):
+    """What stages of the demo depend on, stage by stage, is what it was: results of old are taken as they are."""
+    changes = [
+        "runtime.engine=local", "pretrain.epochs=1", "data.max_per_class=40", "data.max_test=50", "ipc=[2]",
+        "committee.experts=[resnet18, shufflenet_v2]", "prior={ipc: 2, iterations: 1, epochs: 1}", "relabel.epochs=1",
+        "initialize={images_per_class: 4, num_crops: 1}", "synthesize.iterations=1", "evaluate={seeds: 1, width: 0.125}",
+    ]  # fmt: skip
+    run = Run(cvdd_ray.load_config("digits-demo", changes), str(tmp_path))
+    for stage in STAGES.values():
+        stage(run)
+    found = {}
+    for path in tmp_path.rglob("manifest.json"):
+        settings = json.dumps(json.loads(path.read_text())["identity"]["settings"], sort_keys=True)
+        found[str(path.parent.relative_to(tmp_path))] = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    assert found == FROZEN["identities"]
