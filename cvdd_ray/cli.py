@@ -144,13 +144,14 @@ def plan_command(
 def bench_command(
     recipe: RecipeArgument,
     what: Annotated[
-        list[str] | None, typer.Argument(metavar="[WORK]...", help="synthesis, relabel, evaluate, pretrain; default: all.")
+        list[str] | None,
+        typer.Argument(metavar="[WORK]...", help="synthesis, relabel, evaluate, pretrain; with Ray: wire, scheduler."),
     ] = None,
     set_: SetOption = None,
     ipc: Annotated[int | None, typer.Option("--ipc", metavar="N", help="Images per class; default: the recipe's first.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Measured rounds of each side.")] = 3,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", metavar="N", help="Synthesis iterations of a round; default: 2.")
+        int | None, typer.Option("--iterations", metavar="N", help="Synthesis iterations of a round; default: 2; with Ray: 40.")
     ] = None,
     classes: Annotated[int | None, typer.Option("--classes", help="Number of classes, where nothing says.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
@@ -158,16 +159,26 @@ def bench_command(
     """How fast this machine is at a recipe's work, beside a plain reference. Random images and weights; writes nothing."""
     from cvdd_ray.bench.benchreport import plain_bench, rich_bench
     from cvdd_ray.bench.machine import this_machine
-    from cvdd_ray.bench.works import bench
+    from cvdd_ray.bench.works import KINDS, WITH_RAY, bench
 
-    config = load_config(recipe, set_ or [])
-    results = bench(config, what or (), ipc=ipc, rounds=rounds, iterations=iterations, num_classes=classes)
+    config, what = load_config(recipe, set_ or []), what or list(KINDS)
+    numbers = {"ipc": ipc, "rounds": rounds, "iterations": iterations, "num_classes": classes}
+    results, costs = bench(config, what, **numbers), None
+    if with_ray := [name for name in what if name in WITH_RAY]:
+        from cvdd_ray.runner import protect_private_cluster
+
+        protect_private_cluster()
+        from cvdd_ray.runner.raybench import measure_ray
+        from cvdd_ray.runner.raybenchreport import plain_ray, rich_ray
+
+        costs = measure_ray(config, with_ray, **numbers)
     machine = this_machine(config.runtime.threads_per_actor)
     if json_:
-        print(json.dumps(plain_bench(machine, results), indent=1))
+        print(json.dumps({**plain_bench(machine, results), **({"ray": plain_ray(costs)} if costs else {})}, indent=1))
         return
     console = Console(width=None if sys.stdout.isatty() else 150)
-    for part in rich_bench(machine, results):
+    parts = [*rich_bench(machine, results), ""] if results else []
+    for part in [*parts, *(rich_ray(costs) if costs else [])]:
         console.print(part, soft_wrap=not isinstance(part, Table))
 
 

@@ -344,6 +344,7 @@ KINDS = {
     "evaluate": Kind("image and epoch", label_work, our_evaluate, plain_evaluate),
     "pretrain": Kind("image", squeeze_work, our_pretrain, plain_pretrain),
 }
+WITH_RAY = ("wire", "scheduler")  # no comparisons: what Ray costs, and what it leaves idle (runner/raybench.py)
 
 
 @dataclass(frozen=True)
@@ -361,12 +362,18 @@ class Result:
         return reached / machine.matmul_flops_per_s, reached / machine.conv_flops_per_s
 
 
+def unreal_run(config: RunConfig, num_classes: int | None) -> Run:
+    """Return the run of a configuration without its images; `num_classes` where nothing says how many there are."""
+    counts = {"num_classes": num_classes, "train_images": 2 * num_classes, "test_images": 1} if num_classes else {}
+    return Run(config, "bench", real=outline(config.data, **counts))
+
+
 def bench(
     config: RunConfig, what: Sequence[str] = (), *, ipc: int | None = None, rounds: int = 3,
     iterations: int | None = None, num_classes: int | None = None,
 ) -> dict[str, Result]:  # fmt: skip
     """Return how long kinds of work (of `KINDS`; all without `what`) take on this machine, ours and the reference's, see
-    `compare`.
+    `compare`; those of `WITH_RAY` are left to `measure_ray`.
 
     At the configuration's first IPC unless `ipc` says otherwise; a round is all jobs of the first class chunk for
     `iterations` (2 unless given; synthesis), an epoch (relabel, evaluate) or 512 images (pretrain).
@@ -374,19 +381,19 @@ def bench(
     """
     what = what or tuple(KINDS)
     for name in what:
-        if name not in KINDS:
-            raise ConfigError(f"bench knows no {name!r}; it knows {', '.join(KINDS)}")
+        if name not in (*KINDS, *WITH_RAY):
+            raise ConfigError(f"bench knows no {name!r}; it knows {', '.join((*KINDS, *WITH_RAY))}")
     for option, given in (("--rounds", rounds), ("--iterations", iterations), ("--ipc", ipc)):
         if given is not None and given < 1:
             raise ConfigError(f"{option} {given}: give at least 1")
-    if iterations is not None and "synthesis" not in what:
-        raise ConfigError(f"--iterations {iterations} has no effect without synthesis; leave it out")
+    if iterations is not None and not {"synthesis", *WITH_RAY} & set(what):
+        raise ConfigError(
+            f"--iterations {iterations} has no effect without synthesis, {' or '.join(WITH_RAY)}; leave it out"
+        )
     if ipc is not None and set(what) == {"pretrain"}:
         raise ConfigError(f"--ipc {ipc} has no effect on pretrain alone; leave it out")
-    counts = {"num_classes": num_classes, "train_images": 2 * num_classes, "test_images": 1} if num_classes else {}
-    run = Run(config, "bench", real=outline(config.data, **counts))
-    results = {}
-    for name in what:
+    run, results = unreal_run(config, num_classes), {}
+    for name in (name for name in what if name in KINDS):
         kind = KINDS[name]
         work = kind.work(run, ipc or config.ipc[0], iterations or ITERATIONS)
         sides = {"ours": (kind.ours, [work]), "reference": (kind.reference, [work])}

@@ -15,7 +15,7 @@ from cvdd_ray.core.committee import Ballot, Committee, LocalCommittee
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.committee import RayCommittee
-from cvdd_ray.runner.measured import CheckpointStore, CountedCommittee, IdleShare, MeasuredVoter
+from cvdd_ray.runner.measured import CheckpointStore, CountedCommittee, IdleShare, MeasuredVoter, Spent
 from cvdd_ray.stages.grouptask import GroupTask, VoterSettings, run_group
 from cvdd_ray.stages.runtime import local_voter
 
@@ -44,6 +44,10 @@ class ExpertActor:
         vote = self._voter.vote(ballot)
         return tuple(part.cpu().numpy() for part in (vote.gradient_GBCHW, vote.cross_entropy_G, vote.bn_term_G))
 
+    def spent(self) -> tuple[int, float, float]:
+        """Return how many votes there were so far (on a CPU), their seconds of CPU, and of the clock."""
+        return self._voter.spent.sums() if self._voter else Spent().sums()
+
 
 class Coordinator:
     """Drives groups of jobs: draws views, asks the expert actors, adds up their gradients, steps, checkpoints. `number`
@@ -51,7 +55,7 @@ class Coordinator:
 
     def __init__(self, number: int, store: Store, mailbox: Any, threads: int):
         self._committee, self._store, self._mailbox = RayCommittee(first=number), store, mailbox
-        self._threads = threads
+        self._threads, self._stepping = threads, Spent()
         self._device = torch.device("cpu")
         tell(mailbox, "actor_started", "coordinator", ray.get_runtime_context().get_actor_id())
 
@@ -66,7 +70,11 @@ class Coordinator:
         """Finish one group and return its trace (`grouptask.run_group`); several calls may run at once, each in a thread."""
         prepare_torch(self._threads)
         self.meet(experts)
-        return _run_group(self._committee, name, task, self._store, self._device, self._mailbox)
+        return _run_group(self._committee, name, task, self._store, self._device, self._mailbox, self._stepping)
+
+    def spent(self) -> tuple[int, float, float]:
+        """Return how many steps between votes there were so far, their seconds of CPU, and of the clock."""
+        return self._stepping.sums()
 
 
 class ColocatedWorker:
@@ -92,17 +100,17 @@ class ColocatedWorker:
         """Finish one group and return its trace (`grouptask.run_group`)."""
         self.ready()
         device = prepare_torch(self._threads)
-        return _run_group(self._committee, name, task, self._store, device, self._mailbox)
+        return _run_group(self._committee, name, task, self._store, device, self._mailbox, Spent())
 
 
 def _run_group(
-    committee: Committee, name: str, task: GroupTask, store: Store, device: torch.device, mailbox: Any
+    committee: Committee, name: str, task: GroupTask, store: Store, device: torch.device, mailbox: Any, stepping: Spent
 ) -> bytes:
     """Finish one group, count what it does, and keep the driver informed."""
     work = ray.get_runtime_context().get_task_id()
     tell(mailbox, "group_started", name, work, jobs=len(task.jobs), iterations=task.settings.iterations)
     return run_group(
-        CountedCommittee(committee, len(task.jobs)),
+        CountedCommittee(committee, len(task.jobs), stepping),
         task,
         CheckpointStore(
             store, lambda seconds, size: tell(mailbox, "checkpoint", name, work, took_s=round(seconds, 3), bytes=size)

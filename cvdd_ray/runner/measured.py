@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any
 
 import torch
@@ -11,6 +12,23 @@ from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.metrics import record
 
 IDLE_WINDOW_S = 5.0
+
+
+class Spent:
+    """What one kind of work has taken in this process: how often it was done, seconds of its threads' CPU, and of the clock.
+    Several threads may add. Work on several torch threads counts with what the asking one takes."""
+
+    def __init__(self):
+        self._lock, self._sums = Lock(), [0, 0.0, 0.0]
+
+    def add(self, cpu_s: float, wall_s: float) -> None:
+        with self._lock:
+            self._sums = [total + more for total, more in zip(self._sums, (1, cpu_s, wall_s), strict=True)]
+
+    def sums(self) -> tuple[int, float, float]:
+        """Return (times, CPU seconds, seconds) so far."""
+        with self._lock:
+            return tuple(self._sums)
 
 
 class IdleShare:
@@ -32,14 +50,17 @@ class MeasuredVoter:
 
     def __init__(self, name: str, voter: Voter, idle: IdleShare):
         self._name, self._voter, self._idle = name, voter, idle
+        self.spent = Spent()
         self._marks: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def vote(self, ballot: Ballot) -> Vote:
         if ballot.views_GBCHW.is_cuda:
             return self._vote_on_gpu(ballot)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         vote = self._voter.vote(ballot)
-        self._took(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.spent.add(time.thread_time() - cpu_started, seconds)
+        self._took(seconds)
         return vote
 
     def _vote_on_gpu(self, ballot: Ballot) -> Vote:
@@ -62,19 +83,22 @@ class MeasuredVoter:
 
 
 class CountedCommittee:
-    """The committee as one group of `num_jobs` jobs asks it, once per iteration: counts iterations and their time."""
+    """The committee as one group of `num_jobs` jobs asks it, once per iteration: counts iterations and their time; `stepping`
+    adds up what groups do between a vote and the next."""
 
-    def __init__(self, committee: Committee, num_jobs: int):
-        self._committee, self._num_jobs = committee, num_jobs
-        self._answered: float | None = None
+    def __init__(self, committee: Committee, num_jobs: int, stepping: Spent):
+        self._committee, self._num_jobs, self._stepping = committee, num_jobs, stepping
+        self._answered: tuple[float, float] | None = None
 
     def vote(self, ballots: Mapping[str, Ballot]) -> dict[str, Vote]:
         asked = time.perf_counter()
         if self._answered is not None:
-            record("cvdd_coordinator_seconds", asked - self._answered, doing="stepping")
+            answered, cpu_s = self._answered
+            record("cvdd_coordinator_seconds", asked - answered, doing="stepping")
+            self._stepping.add(time.thread_time() - cpu_s, asked - answered)
         votes = self._committee.vote(ballots)
-        self._answered = time.perf_counter()
-        record("cvdd_coordinator_seconds", self._answered - asked, doing="waiting")
+        self._answered = time.perf_counter(), time.thread_time()
+        record("cvdd_coordinator_seconds", self._answered[0] - asked, doing="waiting")
         record("cvdd_iterations", self._num_jobs)
         return votes
 

@@ -1,0 +1,257 @@
+"""What Ray costs in synthesis, and what it leaves idle, in seconds of CPU cores.
+
+All of it is counted, nothing estimated: seconds of CPU of every vote and every step between votes, of all processes of the
+private Ray that is started for it, and of the clock. What is neither vote nor step is Ray's: calls, messages, copies, and its
+own processes. What nobody used of the cores is idle.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import psutil
+import ray
+
+from cvdd_ray.bench.works import SPEC, SynthesisWork, random_network, synthesis_work, unreal_run
+from cvdd_ray.config import RunConfig
+from cvdd_ray.core.costs import Network
+from cvdd_ray.core.experts import ExpertSpec
+from cvdd_ray.core.models import save_weights
+from cvdd_ray.core.synthesis import Job
+from cvdd_ray.data.datasets import DatasetInfo
+from cvdd_ray.data.storage import Store
+from cvdd_ray.errors import ConfigError
+from cvdd_ray.runner.actors import Coordinator, ExpertActor, Mailbox
+from cvdd_ray.runner.cluster import Share, places_with
+from cvdd_ray.runner.crews import remote_class
+from cvdd_ray.runner.runtime import RayRuntime
+from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts
+
+ITERATIONS = 40  # of a round
+NOWHERE = Share(0.0, 0.0)  # actors of a private Ray ask for no cores: they share what there is
+Spread = tuple[float, float, float]  # median, least and most of the rounds
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A round of two expert actors and a coordinator: seconds of the clock; of CPU in votes by expert, in steps, and in all
+    processes; of the clock in votes by expert."""
+
+    wall_s: float
+    vote_cpu_s: Mapping[str, float]
+    step_cpu_s: float
+    total_cpu_s: float
+    vote_wall_s: Mapping[str, float]
+
+    def shares(self, cores: int) -> dict[str, float]:
+        """Return the shares of the time of so many cores, which add up to 1: votes, steps, Ray, idle."""
+        votes, whole = sum(self.vote_cpu_s.values()), cores * self.wall_s
+        spent = {
+            "votes": votes / whole,
+            "steps": self.step_cpu_s / whole,
+            "ray": (self.total_cpu_s - votes - self.step_cpu_s) / whole,
+        }
+        return {**spent, "idle": 1.0 - sum(spent.values())}
+
+    def waiting(self) -> dict[str, float]:
+        """Return the share of the time in which each expert's actor had no vote to give."""
+        return {name: 1.0 - seconds / self.wall_s for name, seconds in self.vote_wall_s.items()}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A round of a whole synthesis, from the first group that is handed out to the last that is finished: seconds of the
+    clock, of CPU in all processes, and images times iterations."""
+
+    wall_s: float
+    total_cpu_s: float
+    units: int
+
+    def idle(self, cores: int) -> float:
+        """Return the share of so many cores' time that nobody used."""
+        return 1.0 - self.total_cpu_s / (cores * self.wall_s)
+
+
+@dataclass(frozen=True)
+class RayCosts:
+    """What was measured on so many cores: rounds of the wire, and of whole syntheses by placement; empty where not asked
+    for. `in_flight` groups of up to `group_images` images were under way at once over a coordinator."""
+
+    cores: int
+    in_flight: int
+    group_images: int
+    wire: tuple[Wire, ...] = ()
+    placements: Mapping[str, tuple[Placed, ...]] = field(default_factory=dict)
+
+    def shares(self) -> dict[str, Spread]:
+        """Return the shares of the cores' time of the wire."""
+        return spreads([one.shares(self.cores) for one in self.wire])
+
+    def waiting(self) -> dict[str, Spread]:
+        """Return the shares of the time in which the wire's experts waited."""
+        return spreads([one.waiting() for one in self.wire])
+
+    def placed(self) -> dict[str, dict[str, Spread]]:
+        """Return milliseconds per image and iteration, and the idle share of the cores, by placement."""
+        return {
+            placement: spreads([{"ms": 1000 * r.wall_s / r.units, "idle": r.idle(self.cores)} for r in rounds])
+            for placement, rounds in self.placements.items()
+        }
+
+
+def spreads(rounds: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    """Return (median, least, most) of every named value."""
+    each = {name: [one[name] for one in rounds] for name in (rounds[0] if rounds else ())}
+    return {name: (median(values), min(values), max(values)) for name, values in each.items()}
+
+
+def measure_ray(
+    config: RunConfig, what: Sequence[str], *, ipc: int | None = None, rounds: int = 3, iterations: int | None = None,
+    num_classes: int | None = None,
+) -> RayCosts:  # fmt: skip
+    """Measure synthesis of one class chunk at `ipc` in a private Ray on this machine's cores.
+
+    `wire`: the two voters of the first image vote on all of them, an actor for each, one coordinator with
+    `runtime.groups_in_flight` groups at once. `scheduler`: everything as a run does it, once per placement.
+    Raises ConfigError where a Ray is joined, there are GPUs, or an image of the wire has not two voters, and as `bench`.
+    """
+    if config.runtime.address is not None:
+        raise ConfigError(
+            f"bench {what[0]} starts a Ray of its own; leave out runtime.address ({config.runtime.address!r})"
+        )
+    run = unreal_run(config, num_classes)
+    work = synthesis_work(run, ipc or config.ipc[0], iterations or ITERATIONS)
+    images = max(sum(len(job.labels) for job in group) for group in work.groups)
+    costs = RayCosts(len(os.sched_getaffinity(0)), config.runtime.groups_in_flight, images)
+    if "wire" in what:
+        two = with_two_voters(work)
+        with private_ray(run, "spread") as (runtime, store):
+            crew = Crew(two, run, store)
+            crew.round(-1)  # networks are built, and the allocator warm
+            costs = replace(costs, wire=tuple(crew.round(number) for number in range(rounds)))
+    if "scheduler" in what:
+        placed = {}
+        for placement in ("colocate", "spread"):
+            with private_ray(run, placement) as (runtime, store):
+                placed[placement] = tuple(whole_round(runtime, work, run.info, store, k) for k in range(rounds))
+        costs = replace(costs, placements=placed)
+    return costs
+
+
+@contextmanager
+def private_ray(run: Run, placement: str) -> Iterator[tuple["Observed", Store]]:
+    """Yield a runtime on a Ray of its own, and a store that goes with it.  Raises ConfigError where it has GPUs."""
+    c = run.config.runtime.model_copy(update={"engine": "ray", "placement": placement})
+    with tempfile.TemporaryDirectory() as folder:
+        runtime = Observed(c)
+        try:
+            if places_with("GPU"):
+                raise ConfigError("bench with Ray counts seconds of CPU cores; hide the GPUs: CUDA_VISIBLE_DEVICES=")
+            yield runtime, Store(folder)
+        finally:
+            runtime.close()
+
+
+class Observed(RayRuntime):
+    """The runtime of a run; `on_first` is called when the first group of a synthesis is handed out."""
+
+    def __init__(self, c):
+        self.on_first: Callable[[], None] | None = None
+        super().__init__(c, self._heard)
+
+    def _heard(self, event: str, _facts: Mapping) -> None:
+        if event == "group_assigned" and self.on_first is not None:
+            self.on_first()
+            self.on_first = None
+
+
+def whole_round(runtime: Observed, work: SynthesisWork, info: DatasetInfo, store: Store, number: int) -> Placed:
+    """Distil all groups as a run does."""
+    tasks = {f"round{number}-group{g}": group for g, group in enumerate(work.groups)}
+    tasks = {title: group_task(work, info, title, group) for title, group in tasks.items()}
+    began: list[float] = []
+    runtime.on_first = lambda: began.extend((time.perf_counter(), tree_cpu_s()))
+    specs = {name: spec_of(network) for name, network in work.experts.items()}
+    for _ in runtime.distill(tasks, specs, work.voter, store):
+        ended = time.perf_counter(), tree_cpu_s()
+    return Placed(ended[0] - began[0], ended[1] - began[1], work.units())
+
+
+def with_two_voters(work: SynthesisWork) -> SynthesisWork:
+    """Return the work with the first image's two voters for all of them, of equal weight."""
+    voters = work.groups[0][0].voters
+    if len(voters) != 2:
+        raise ConfigError(f"bench wire is about two voters per image, these have {len(voters)}; set voting.size=2")
+    groups = [tuple(replace(job, voters=voters, weights=(0.5, 0.5)) for job in group) for group in work.groups]
+    return replace(work, experts={name: work.experts[name] for name in voters}, groups=tuple(groups))
+
+
+class Crew:
+    """A coordinator and an actor per expert."""
+
+    def __init__(self, work: SynthesisWork, run: Run, store: Store):
+        c = run.config.runtime
+        self._work, self._info, self._in_flight = work, run.info, c.groups_in_flight
+        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        expert = remote_class(ExpertActor, NOWHERE)
+        self._experts = {
+            name: [expert.remote(spec_of(network), work.voter, c.threads_per_actor, mailbox)]
+            for name, network in work.experts.items()
+        }
+        coordinator = remote_class(Coordinator, NOWHERE, max_concurrency=self._in_flight + 1)
+        self._coordinator = coordinator.remote(0, store, mailbox, c.threads_per_actor)
+
+    def round(self, number: int) -> Wire:
+        """Run all groups once and return what it took."""
+        before, began = self._spent(), time.perf_counter()
+        waiting, running = list(enumerate(self._work.groups)), []
+        while waiting or running:
+            while waiting and len(running) < self._in_flight:
+                g, group = waiting.pop(0)
+                title = f"round{number}-group{g}"
+                task = group_task(self._work, self._info, title, group)
+                running.append(self._coordinator.run_group.remote(title, task, self._experts))
+            done, running = ray.wait(running)
+            ray.get(done)
+        wall_s, after = time.perf_counter() - began, self._spent()
+        cpu, wall = (
+            {name: late[name] - early[name] for name in late} for early, late in zip(before, after, strict=True)
+        )
+        votes = {name: cpu[name] for name in self._experts}
+        return Wire(wall_s, votes, cpu["steps"], cpu["all"], {name: wall[name] for name in self._experts})
+
+    def _spent(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the seconds of CPU and of the clock so far, by expert, of steps, and (CPU) of all processes."""
+        refs = {name: actors[0].spent.remote() for name, actors in self._experts.items()}
+        refs["steps"] = self._coordinator.spent.remote()
+        sums = dict(zip(refs, ray.get(list(refs.values())), strict=True))
+        cpu = {name: cpu_s for name, (_, cpu_s, _) in sums.items()}
+        return {**cpu, "all": tree_cpu_s()}, {name: wall_s for name, (_, _, wall_s) in sums.items()}
+
+
+def group_task(work: SynthesisWork, info: DatasetInfo, title: str, group: Sequence[Job]) -> GroupTask:
+    """Return a group that starts from noise."""
+    starts = NoiseStarts(0, work.size)
+    return GroupTask(tuple(group), starts, work.settings, info, "png", f"{title}.checkpoint", f"{title}.arrow")
+
+
+def spec_of(network: Network) -> ExpertSpec:
+    """Return the network as an expert with random weights."""
+    return ExpertSpec(*(getattr(network, name) for name in SPEC), save_weights(random_network(network)))
+
+
+def tree_cpu_s() -> float:
+    """Return the seconds of CPU that this process and all that it has started, and is still there, have used."""
+    me, total = psutil.Process(), 0.0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
