@@ -1,9 +1,6 @@
 """What is compared: for every kind of work our way and the reference's, as functions that build a Round in a process.
 
-Images, labels and weights are drawn at random; statistics of BatchNorm are those of one batch of noise. Times do not depend
-on any of it. Both sides compute in float32.
-
-Legend: N images, C channels, S pixels.
+Images, labels and weights are drawn at random (bench/unreal.py). Both sides compute in float32.
 """
 
 import tempfile
@@ -14,24 +11,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
-from torch import nn
 
 from cvdd_ray.bench import reference
 from cvdd_ray.bench.machine import Machine
 from cvdd_ray.bench.sides import Comparison, Round, compare
+from cvdd_ray.bench.unreal import as_pil, random_expert, random_network, random_pixels, unreal_run
 from cvdd_ray.config import RunConfig
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.costs import Network, vote_cost
-from cvdd_ray.core.experts import ExpertSpec, work_device
-from cvdd_ray.core.models import build_seeded, save_weights
+from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.softlabels import batch_starts
 from cvdd_ray.core.students import StudentSettings, StudentTraining, adamw_groups
 from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group
 from cvdd_ray.core.training import PretrainSettings, pretrain_expert
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
 from cvdd_ray.data.labels import SoftLabels, label_batch, write_label_file
-from cvdd_ray.data.outlines import outline
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
@@ -42,29 +36,9 @@ from cvdd_ray.stages.relabel import Labeller, ViewSettings, teacher_names
 from cvdd_ray.stages.synthesize import image_jobs, job_groups, synthesis_settings
 from cvdd_ray.stages.votes import vote_of_image
 
-SPEC = ("name", "num_classes", "image_size", "width")  # what describes a network
 PRIOR = 50.0  # of every expert
 ITERATIONS = 2  # of synthesis in a round
 SQUEEZE_IMAGES = 512  # of one round of pretraining
-
-
-def random_network(network: Network, device: torch.device | None = None) -> nn.Module:
-    """Return it with seeded weights and the BatchNorm statistics of a batch of noise, in eval mode."""
-    model = build_seeded(network.name, network.num_classes, network.image_size, width=network.width, seed=0).train()
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        model(torch.randn(8, 3, network.image_size, network.image_size, generator=draw))
-    return model.eval().to(device or work_device())
-
-
-def random_pixels(num_images: int, size: int) -> np.ndarray:
-    """Return uint8 images (N, 3, S, S)."""
-    return np.random.default_rng(0).integers(0, 256, (num_images, 3, size, size), np.uint8)
-
-
-def as_pil(images_NCSS: np.ndarray) -> list[Image.Image]:
-    """Return uint8 images (N, 3, S, S) as PIL images."""
-    return [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in images_NCSS]
 
 
 # --- synthesis -----------------------------------------------------------------------------------------------------
@@ -185,12 +159,7 @@ def label_work(run: Run, ipc: int, _iterations: int = 1) -> LabelWork:
 
 
 def our_relabel(work: LabelWork) -> Round:
-    teachers = [
-        ExpertSpec(
-            *(getattr(network, name) for name in SPEC), save_weights(random_network(network, torch.device("cpu")))
-        )
-        for network in work.teachers
-    ]
+    teachers = [random_expert(network) for network in work.teachers]
     labeller = Labeller(work.pixels(), work.info, teachers, work.weights, work.views)
 
     def round_() -> int:
@@ -360,12 +329,6 @@ class Result:
             return ()
         reached = self.flops_per_unit / self.measured.ours.median_s
         return reached / machine.matmul_flops_per_s, reached / machine.conv_flops_per_s
-
-
-def unreal_run(config: RunConfig, num_classes: int | None) -> Run:
-    """Return the run of a configuration without its images; `num_classes` where nothing says how many there are."""
-    counts = {"num_classes": num_classes, "train_images": 2 * num_classes, "test_images": 1} if num_classes else {}
-    return Run(config, "bench", real=outline(config.data, **counts))
 
 
 def bench(

@@ -16,11 +16,9 @@ from statistics import median
 import psutil
 import ray
 
-from cvdd_ray.bench.works import SPEC, SynthesisWork, random_network, synthesis_work, unreal_run
+from cvdd_ray.bench.unreal import random_expert, unreal_run
+from cvdd_ray.bench.works import SynthesisWork, synthesis_work
 from cvdd_ray.config import RunConfig
-from cvdd_ray.core.costs import Network
-from cvdd_ray.core.experts import ExpertSpec
-from cvdd_ray.core.models import save_weights
 from cvdd_ray.core.synthesis import Job
 from cvdd_ray.data.datasets import DatasetInfo
 from cvdd_ray.data.storage import Store
@@ -176,7 +174,7 @@ def whole_round(runtime: Observed, work: SynthesisWork, info: DatasetInfo, store
     tasks = {title: group_task(work, info, title, group) for title, group in tasks.items()}
     began: list[float] = []
     runtime.on_first = lambda: began.extend((time.perf_counter(), tree_cpu_s()))
-    specs = {name: spec_of(network) for name, network in work.experts.items()}
+    specs = {name: random_expert(network) for name, network in work.experts.items()}
     for _ in runtime.distill(tasks, specs, work.voter, store):
         ended = time.perf_counter(), tree_cpu_s()
     return Placed(ended[0] - began[0], ended[1] - began[1], work.units())
@@ -200,7 +198,7 @@ class Crew:
         mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         expert = remote_class(ExpertActor, NOWHERE)
         self._experts = {
-            name: [expert.remote(spec_of(network), work.voter, c.threads_per_actor, mailbox)]
+            name: [expert.remote(random_expert(network), work.voter, c.threads_per_actor, mailbox)]
             for name, network in work.experts.items()
         }
         coordinator = remote_class(Coordinator, NOWHERE, max_concurrency=self._in_flight + 1)
@@ -238,11 +236,6 @@ def group_task(work: SynthesisWork, info: DatasetInfo, title: str, group: Sequen
     """Return a group that starts from noise."""
     starts = NoiseStarts(0, work.size)
     return GroupTask(tuple(group), starts, work.settings, info, "png", f"{title}.checkpoint", f"{title}.arrow")
-
-
-def spec_of(network: Network) -> ExpertSpec:
-    """Return the network as an expert with random weights."""
-    return ExpertSpec(*(getattr(network, name) for name in SPEC), save_weights(random_network(network)))
 
 
 def tree_cpu_s() -> float:

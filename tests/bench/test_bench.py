@@ -10,7 +10,7 @@ from PIL import Image
 
 from cvdd_ray.bench import reference
 from cvdd_ray.bench.sides import Comparison, Side, Timing, compare
-from cvdd_ray.bench.works import as_pil, random_pixels
+from cvdd_ray.bench.unreal import as_pil, random_pixels
 from cvdd_ray.core.augment import Views
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.softlabels import BatchPlan, Teacher, batch_views, committee_logits, epoch_plans

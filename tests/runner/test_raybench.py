@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from cvdd_ray.bench.works import synthesis_work, unreal_run
+from cvdd_ray.bench.unreal import unreal_run
+from cvdd_ray.bench.works import synthesis_work
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import load_config
 from cvdd_ray.runner.raybench import Placed, RayCosts, Wire, measure_ray, with_two_voters
