@@ -190,6 +190,11 @@ class Phase(Section):
 MUTABLE_SETTINGS = tuple(name for name in Phase.model_fields if name != "from_epoch")  # may change in mid-training
 
 
+Baseline = Literal[
+    "random_hard", "random_soft", "start_soft", "eval_labels", "distilled_hard", "distilled_plain", "random_plain", "real_hard"
+]  # fmt: skip
+
+
 class EvaluateConfig(Section):
     students: tuple[str, ...] = ("resnet18",)
     """Networks trained from scratch on the distilled set."""
@@ -222,14 +227,16 @@ class EvaluateConfig(Section):
     dealt to them, so at most batch_size / bn_group. Same student up to the last bits of sums; needs Ray."""
     checkpoint_minutes: NonNegative = 5.0
     """Minutes between checkpoints of a student in training, written at the end of an epoch; 0: after every epoch."""
-    baselines: tuple[Literal["random_hard", "random_soft", "start_soft", "eval_labels"], ...] = (
+    baselines: tuple[Baseline, ...] = (
         "random_hard",
         "random_soft",
         "start_soft",
         "eval_labels",
     )
     """Rows beside ours at equal IPC: random real images with hard labels, the same with our soft labels, the starting
-    images with our soft labels, our images with eval-mode labels."""
+    images with our soft labels, our images with eval-mode labels. More: our images with hard labels (`distilled_hard`); ours
+    and random ones with soft labels of whole images, without augmentation (`..._plain`); students trained as section
+    `pretrain` says on all real images with hard labels, the ceiling (`real_hard`)."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -243,6 +250,8 @@ class EvaluateConfig(Section):
         starts = [phase.from_epoch for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must begin at rising epochs, got {starts}")
+        if len(set(self.baselines)) != len(self.baselines):
+            raise ValueError(f"baselines must be different rows, got {list(self.baselines)}")
         return self
 
 
@@ -318,6 +327,12 @@ class RunConfig(Section):
         if self.relabel.batchnorm == "eval" and "eval_labels" in self.evaluate.baselines:
             raise ValueError(
                 "evaluate.baselines has eval_labels, but relabel.batchnorm is already eval; drop one of the two"
+            )
+        plain = [name for name in self.evaluate.baselines if name.endswith("_plain")]
+        if plain and not (self.relabel.cutmix or self.data.flip or self.relabel.crop_scale != (1, 1)):
+            raise ValueError(
+                f"evaluate.baselines has {plain[0]}, but nothing is augmented with relabel.cutmix and data.flip false and "
+                f"relabel.crop_scale [1, 1]; drop it"
             )
         if self.evaluate.epochs is not None and self.evaluate.epochs > self.relabel.epochs:
             raise ValueError(

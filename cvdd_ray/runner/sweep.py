@@ -24,9 +24,10 @@ from cvdd_ray.runner.search import LOGGERS, SCHEDULERS, SEARCHERS, param_space, 
 from cvdd_ray.runner.sweepdisplay import DisplayCallback, SweepDisplay
 from cvdd_ray.runner.trainable import METRIC, placement, trainable
 from cvdd_ray.space import label, samples
+from cvdd_ray.stages.arms import OURS
 from cvdd_ray.stages.context import Progress, Run, Silent
-from cvdd_ray.stages.evaluate import OURS, evaluate
 from cvdd_ray.stages.evaluate import RESULTS as TEST_RESULTS
+from cvdd_ray.stages.evaluate import evaluate
 from cvdd_ray.stages.pipeline import check
 from cvdd_ray.stages.runtime import LocalRuntime, Runtime
 from cvdd_ray.stages.sweepreport import best_yaml, write_sweep_report

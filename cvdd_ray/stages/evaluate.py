@@ -23,21 +23,13 @@ from cvdd_ray.data.shards import label_files, open_labels
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
+from cvdd_ray.stages.arms import CEILING, TRAINING_SETS, sized_rows
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.initialize import RANDOM, load_image_set
+from cvdd_ray.stages.initialize import load_image_set
 from cvdd_ray.stages.real import Split, split_for_workers, test_batches
-from cvdd_ray.stages.relabel import (
-    BASELINE_LABELS,
-    LABEL_SETS,
-    LABELS,
-    Labeller,
-    OnlineLabels,
-    ViewSettings,
-    online_labels,
-)
+from cvdd_ray.stages.relabel import LABELS, Labeller, OnlineLabels, ViewSettings, online_labels
 
 RESULTS = "results.json"
-OURS = "distilled"
 
 
 @dataclass(frozen=True)
@@ -84,8 +76,10 @@ def evaluate(run: Run, ipc: int) -> None:
     arms, inputs = load_arms(run, ipc)
     views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, run.config.relabel)
     student = student_settings(run, epochs, ipc * len(run.classes))
+    evaluation = c.counted(exclude={"checkpoint_minutes"})
+    evaluation["baselines"] = [name for name in c.baselines if name != CEILING]  # which has a stage of its own
     settings = {
-        "evaluate": {**c.counted(exclude={"checkpoint_minutes"}), "epochs": epochs, "width": run.width},
+        "evaluate": {**evaluation, "epochs": epochs, "width": run.width},
         "batch_size": student.batch_size,
         "bn_group": student.bn_group,
         "data.flip": run.config.data.flip,
@@ -152,11 +146,8 @@ def check_workers(run: Run, ipc: int) -> None:
 def load_arms(run: Run, ipc: int) -> tuple[dict[str, Arm], dict[str, str]]:
     """Return the rows of the table and the content hashes they depend on."""
     arms, inputs = {}, {}
-    for name in (OURS, *run.config.evaluate.baselines):
-        label_set = None if name == "random_hard" else BASELINE_LABELS.get(name, OURS)
-        stage, file, verb = (
-            LABEL_SETS[label_set].images if label_set else (f"initialize/ipc{ipc}", RANDOM, "initialize")
-        )
+    for name in sized_rows(run.config):
+        (stage, file, verb), label_set = TRAINING_SETS[name].images, TRAINING_SETS[name].label_set
         images = load_image_set(run, stage.format(ipc=ipc), file, verb)
         files: dict[str, str] = {}
         online = None

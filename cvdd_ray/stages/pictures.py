@@ -19,18 +19,23 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from cvdd_ray.data.imagesets import ImageSet
+from cvdd_ray.stages.arms import CEILING, OURS
 
 MAX_CLASSES, MAX_INDICES = 10, 3
 CELL = 128  # pixels per side an image is enlarged to, where a whole factor allows
 DPI = 150
 KINDS = ("random real", "start", "distilled")
 
-ARM_COLOURS = {  # Okabe-Ito, one colour per row of the table in every picture
+ARM_COLOURS = {  # Okabe-Ito, one colour per row of the table in every picture; without augmentation the same, dashed
     "distilled": "#0072B2",
     "eval_labels": "#56B4E9",
     "start_soft": "#009E73",
     "random_soft": "#E69F00",
+    "distilled_plain": "#0072B2",
+    "random_plain": "#E69F00",
+    "distilled_hard": "#CC79A7",
     "random_hard": "#D55E00",
+    "real_hard": "#000000",
 }
 EXPERT_COLOURS = ("#000000", "#CC79A7", "#999999", "#56B4E9", "#E69F00", "#009E73", "#D55E00")  # with other dashes
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -203,7 +208,11 @@ def _trace_panel(panel: Axes, trace: Sequence, column: int, styles: Mapping) -> 
 
 def _student_panel(panel: Axes, runs: Sequence[Mapping]) -> None:
     """Draw every arm's mean test accuracy over the seeds, with its standard deviation, by epoch."""
-    for arm in sorted({run["arm"] for run in runs}, key=lambda arm: arm == "distilled"):
+    for arm in sorted({run["arm"] for run in runs}, key=lambda arm: arm == OURS):
+        if arm == CEILING:  # other epochs, of a much larger set
+            last = statistics.fmean(run["last"] for run in runs if run["arm"] == arm)
+            panel.axhline(last, **{**_arm_style(arm), "marker": None})
+            continue
         seeds_RT = np.array([[row[3] for row in run["curve"]] for run in runs if run["arm"] == arm])
         epochs_T = [row[0] + 1 for row in next(run for run in runs if run["arm"] == arm)["curve"]]
         mean_T = seeds_RT.mean(0)
@@ -212,13 +221,15 @@ def _student_panel(panel: Axes, runs: Sequence[Mapping]) -> None:
         if len(seeds_RT) > 1:
             std_T = seeds_RT.std(0, ddof=1)
             panel.fill_between(epochs_T, mean_T - std_T, mean_T + std_T, alpha=0.15, lw=0, color=style["color"])
-    whole_epochs(panel, max((run["curve"][-1][0] + 1 for run in runs), default=0))
+    whole_epochs(panel, max((run["curve"][-1][0] + 1 for run in runs if run["arm"] != CEILING), default=0))
     if not runs:
         _say(panel, "not evaluated yet")
 
 
 def _arm_style(arm: str) -> dict:
-    return {"color": ARM_COLOURS[arm], "marker": "o", "markersize": 3, "linewidth": 2.4 if arm == "distilled" else 1.4}
+    dashes = "--" if arm.endswith("_plain") else ":" if arm == CEILING else "-"
+    return {"color": ARM_COLOURS[arm], "marker": None if arm == CEILING else "o", "markersize": 3, "linestyle": dashes,
+            "linewidth": 2.4 if arm == OURS else 1.4}  # fmt: skip
 
 
 def whole_epochs(panel: Axes, epochs: int) -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 from cvdd_ray.recipes import dump_config, parse_config, without_place
+from cvdd_ray.stages.arms import label_sets
+from cvdd_ray.stages.ceiling import ceiling, check_ceiling
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import check_workers, evaluate
 from cvdd_ray.stages.initialize import class_items, initialize, observer_name
 from cvdd_ray.stages.pretrain import check_networks, pretrain
 from cvdd_ray.stages.prior import check_given, prior
-from cvdd_ray.stages.relabel import label_encoding, label_sets, relabel, teacher_names
+from cvdd_ray.stages.relabel import label_encoding, relabel, teacher_names
 from cvdd_ray.stages.synthesize import synthesize
 from cvdd_ray.stages.votes import needs_priors, vote_of_image
 
@@ -35,6 +37,7 @@ def check(run: Run) -> None:
     for ipc in c.ipc:
         vote_of_image(run, dict.fromkeys(c.committee.experts, 0.0), ipc, 0)
         check_workers(run, ipc)
+    check_ceiling(run)
     check_networks(run)
     for ipc in {*c.ipc, *([c.prior.ipc] if measured else [])}:
         class_items(run, ipc)
@@ -65,8 +68,14 @@ def per_ipc(stage: Callable[[Run, int], object]) -> Callable[[Run], None]:
 
 def relabel_all(run: Run, ipc: int) -> None:
     """Relabel the distilled images and what the baselines need."""
-    for label_set in label_sets(run):
+    for label_set in label_sets(run.config):
         relabel(run, ipc, label_set)
+
+
+def evaluate_all(run: Run) -> None:
+    """Train and test the students of every row of the table, those of the ceiling once for all IPCs."""
+    per_ipc(evaluate)(run)
+    ceiling(run)
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -75,7 +84,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "initialize": per_ipc(initialize),
     "synthesize": per_ipc(synthesize),
     "relabel": per_ipc(relabel_all),
-    "evaluate": per_ipc(evaluate),
+    "evaluate": evaluate_all,
 }
 
 

@@ -14,8 +14,9 @@ from cvdd_ray.core.synthesis import Job
 from cvdd_ray.data.datasets import DatasetInfo, network_input_bytes
 from cvdd_ray.data.labels import epoch_bytes, file_bytes
 from cvdd_ray.data.shards import shard_tasks
+from cvdd_ray.stages.arms import CEILING, TRAINING_SETS, label_sets, sized_rows
+from cvdd_ray.stages.ceiling import STAGE as CEILING_STAGE
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.evaluate import OURS
 from cvdd_ray.stages.groupwork import FLOAT
 from cvdd_ray.stages.initialize import BLOCK, KINDS, class_items, observer_name, portions, tiles_per_side
 from cvdd_ray.stages.planwork import (
@@ -35,10 +36,11 @@ from cvdd_ray.stages.planwork import (
     image_bytes,
     set_bytes,
     split_bytes,
+    student,
     tasks_per_gpu,
 )
 from cvdd_ray.stages.real import SMALL, TEST_BATCH
-from cvdd_ray.stages.relabel import label_encoding, label_sets, label_spans, teacher_names
+from cvdd_ray.stages.relabel import label_encoding, label_spans, teacher_names
 from cvdd_ray.stages.synthesize import DISTILLED, image_jobs
 from cvdd_ray.stages.votes import needs_priors, vote_of_image
 
@@ -59,9 +61,9 @@ def count_stages(run: Run) -> list[StageCount]:
         stages.append(StageCount("prior", {}, (), Storage(1 + OWN, 0), driver_bytes(run)))
     stages += [count_initialize(run, ipc) for ipc in c.ipc]
     stages += [count_synthesize(run, ipc) for ipc in c.ipc]
-    stages += [count_relabel(run, ipc, label_set) for ipc in c.ipc for label_set in label_sets(run)]
+    stages += [count_relabel(run, ipc, label_set) for ipc in c.ipc for label_set in label_sets(c)]
     stages += [count_evaluate(run, ipc) for ipc in c.ipc]
-    return stages
+    return stages + ([count_ceiling(run)] if CEILING in c.evaluate.baselines else [])
 
 
 def count_pretrain(run: Run) -> StageCount:
@@ -243,18 +245,18 @@ def teacher_bytes(num_images: int, teacher: Cost, info: DatasetInfo) -> int:
 def count_evaluate(run: Run, ipc: int) -> StageCount:
     """Students, and with online labels their teachers as well."""
     c, num_images = run.config.evaluate, ipc * run.info.num_classes
-    epochs, arms = run.config.student_epochs, [OURS, *c.baselines]
+    epochs, arms = run.config.student_epochs, sized_rows(run.config)
     each = [count_student(run, name, num_images, epochs, len(run.real.test)) for name in c.students]
     views = epochs * num_images * view_flops(run.info.image_size)
-    students = [{name: one.flops, OTHER: views} for name, one in zip(c.students, each, strict=True)]
+    trained = [{name: one.flops, OTHER: views} for name, one in zip(c.students, each, strict=True)]
     is_online = run.config.relabel.online
     labelling = count_labelling(run, num_images) if is_online else Labelling({}, 0, 0)
     pixels, weights = set_bytes(run, ipc), labelling.weights
     asked = {name: epochs * num_images * flops for name, flops in labelling.per_image.items()}
     units = []
     for _ in range(c.seeds):
-        for student in students:
-            units += [student if arm == "random_hard" else added(student, asked) for arm in arms]
+        for one in trained:
+            units += [added(one, asked if TRAINING_SETS[arm].label_set else {}) for arm in arms]
     holding = pixels + weights + max(one.worker for one in each)
     on_gpu = (
         network_input_bytes(pixels) * (2 if is_online else 1)
@@ -273,6 +275,33 @@ def count_evaluate(run: Run, ipc: int) -> StageCount:
         Storage(1 + OWN, 0, partial_files=len(units)),
         driver_bytes(run) + (len(arms) + 1) * pixels + weights,
         len(arms) * pixels + weights + split_bytes(run, run.real.test),
+    )
+
+
+def count_ceiling(run: Run) -> StageCount:
+    """Students on all real images, trained as experts are."""
+    c, train, test = run.config, run.real.train, run.real.test
+    tests = len({*range(0, c.pretrain.epochs, c.evaluate.test_every), c.pretrain.epochs - 1})
+    units, on_gpu = [], []
+    for name in c.evaluate.students:
+        network = student(run, name)
+        step, testing, (stored, trained) = (
+            training_cost(network, c.pretrain.batch_size), forward_cost(network), weight_bytes(network)
+        )  # fmt: skip
+        flops = step.flops * len(train) * c.pretrain.epochs // c.pretrain.batch_size + tests * testing.flops * len(test)
+        units += [{name: flops}] * c.evaluate.seeds
+        peak = max(step.peak_bytes + 2 * trained, testing.peak_bytes * TEST_BATCH)
+        on_gpu += [stored + peak] * c.evaluate.seeds
+    splits, batch = split_bytes(run, train, test), max(TEST_BATCH, c.pretrain.batch_size)
+    steps = c.pretrain.epochs * len(batch_starts(len(train), c.pretrain.batch_size))
+    holding = 2 * batch * FLOAT * run.info.image_bytes + (splits if run.info.image_size > SMALL else 0)
+    return StageCount(
+        CEILING_STAGE,
+        {"students": len(units), "iterations": len(units) * steps, "tests": len(units) * tests},
+        (Phase(units, tasks_per_gpu(run), holding, on_gpu),),
+        Storage(1 + OWN, 0, partial_files=len(units)),
+        driver_bytes(run),
+        splits,
     )
 
 

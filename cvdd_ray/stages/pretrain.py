@@ -162,6 +162,11 @@ def load_experts(run: Run) -> tuple[dict[str, ExpertSpec], dict[str, str]]:
     return specs, hashes
 
 
+def pretrain_settings(c: PretrainConfig) -> PretrainSettings:
+    """Return the numbers of a training on real images."""
+    return PretrainSettings(c.epochs, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision)
+
+
 def train_one(
     item: tuple[str, bytes | None, int], train: Split, holdout: Split, info: DatasetInfo, c: PretrainConfig, width: float,
     flip: bool, report: Callable[[dict], None],
@@ -189,9 +194,6 @@ def train_one(
             note = f"{name} {epoch + 1}/{c.epochs} loss {loss:.2f} acc {train_accuracy:.0f}%"
             report({"done": (epoch + 1) / c.epochs, "note": note})
 
-        settings = PretrainSettings(
-            c.epochs, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision
-        )
-        pretrain_expert(model, epoch_batches, settings, on_epoch)
+        pretrain_expert(model, epoch_batches, pretrain_settings(c), on_epoch)
     holdout_accuracy = accuracy(model, test_batches(holdout, info, device))
     return save_weights(model), curve, holdout_accuracy, time.monotonic() - started

@@ -40,32 +40,14 @@ from cvdd_ray.data.shards import cuts, per_shard, shard_name
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.labelconfig import RelabelConfig
+from cvdd_ray.stages.arms import LABEL_SETS
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.initialize import RANDOM, START, load_image_set
+from cvdd_ray.stages.initialize import load_image_set
 from cvdd_ray.stages.pretrain import load_experts
-from cvdd_ray.stages.synthesize import DISTILLED
 from cvdd_ray.stages.votes import load_priors
 
 LABELS = "labels"
 MAX_EPOCHS_PER_PIECE = 10
-
-
-@dataclass(frozen=True)
-class LabelSet:
-    """A set of soft labels of one run: where its images are, and the BatchNorm mode of its teachers."""
-
-    images: tuple[str, str, str]  # stage (with {ipc}), file, verb that makes it
-    batchnorm: str | None  # None: as configured
-
-
-DISTILLED_IMAGES = ("synthesize/ipc{ipc}", DISTILLED, "synthesize")
-LABEL_SETS = {
-    "distilled": LabelSet(DISTILLED_IMAGES, None),
-    "distilled-eval": LabelSet(DISTILLED_IMAGES, "eval"),
-    "random": LabelSet(("initialize/ipc{ipc}", RANDOM, "initialize"), None),
-    "start": LabelSet(("initialize/ipc{ipc}", START, "initialize"), None),
-}
-BASELINE_LABELS = {"random_soft": "random", "start_soft": "start", "eval_labels": "distilled-eval"}
 
 
 @dataclass(frozen=True)
@@ -85,11 +67,6 @@ class ViewSettings:
         )  # fmt: skip
 
 
-def label_sets(run: Run) -> list[str]:
-    """Return the label sets this run needs: ours, and one per soft baseline."""
-    return ["distilled", *(BASELINE_LABELS[b] for b in run.config.evaluate.baselines if b in BASELINE_LABELS)]
-
-
 def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
     """Make `relabel/ipc<n>/<label set>`: labels.arrow, one record batch per epoch, bound to its images by hash; many
     labels as several files, which workers write side by side; with `relabel.online` only online.json, what teachers need.
@@ -97,10 +74,8 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
     Raises ArtifactError when images, experts or priors are missing, ConfigError for teachers outside the committee and as
     `label_encoding`.
     """
-    c = run.config.relabel
     kind = LABEL_SETS[label_set]
-    if kind.batchnorm:
-        c = c.model_copy(update={"batchnorm": kind.batchnorm, "scope": "bn"})
+    c, flip = run.config.relabel.model_copy(update=kind.changes), run.config.data.flip and kind.flip
     stage, name, verb = kind.images
     images = load_image_set(run, stage.format(ipc=ipc), name, verb)
     specs, hashes = load_experts(run)
@@ -113,7 +88,7 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
     )
     resolved = {"teachers": names, "bn_group": c.resolved_bn_group(len(images))}
     encoding = label_encoding(c, len(run.classes))
-    settings = {"label_set": label_set, "relabel": {**c.counted(), **resolved}, "data.flip": run.config.data.flip}
+    settings = {"label_set": label_set, "relabel": {**c.counted(), **resolved}, "data.flip": flip}
     inputs = {
         "images": images.content(),
         "prior": prior_hash,
@@ -127,7 +102,7 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
                  "teacher_weights": list(weights), "relabel": c.counted(), "classes": run.classes}  # fmt: skip
         if c.online:
             experts = {name: hashes[f"pretrain/{name}"] for name in names}
-            about |= {"teachers": experts, "seed": run.config.seed, "flip": run.config.data.flip}
+            about |= {"teachers": experts, "seed": run.config.seed, "flip": flip}
             work.commit({ONLINE: json.dumps(about, indent=1).encode()}, epochs=c.epochs, teachers=names)
             return
         about |= encoding_metadata(encoding)
@@ -138,7 +113,7 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
             about |= {"epochs": c.labelled_epochs, "epochs_per_shard": len(spans[0])}
         pieces = {f"epochs{span.start:05d}": span for span in spans}
         items = {name: (span, work.piece(name)) for name, span in pieces.items()}
-        views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, c)
+        views = ViewSettings(run.config.seed, flip, run.info.image_size, c)
         shared = (images.images_NCHW, run.info, [specs[n] for n in names], weights, views, about, run.store)
         receipts = work.each(label_epochs, items, shared)
         written = {name: Written(work.piece(name), receipts[name].decode()) for name in pieces}

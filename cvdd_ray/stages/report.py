@@ -8,18 +8,20 @@ from rich.table import Table
 from rich.text import Text
 
 from cvdd_ray.data.storage import Store
+from cvdd_ray.stages.arms import TRAINING_SETS
+from cvdd_ray.stages.ceiling import STAGE as CEILING_STAGE
 from cvdd_ray.stages.evaluate import RESULTS
 from cvdd_ray.stages.initialize import RANDOM, START
-from cvdd_ray.stages.pictures import ARM_COLOURS, MAX_INDICES, contact_sheet, curves_figure
+from cvdd_ray.stages.pictures import MAX_INDICES, contact_sheet, curves_figure
 from cvdd_ray.stages.planreport import size
 from cvdd_ray.stages.summary import (
     MAX_VOTES,
-    TRAINING_SETS,
     LabelSummary,
     ResultRow,
     RunReader,
     RunSummary,
     read_summary,
+    training_set,
 )
 from cvdd_ray.stages.synthesize import DISTILLED, TRACE
 
@@ -38,7 +40,8 @@ def accuracy_table(summary: RunSummary) -> list[tuple[str, ...]]:
 
 
 def markdown_table(summary: RunSummary) -> str:
-    """Return the accuracy table as Markdown; the best row of every IPC (by last accuracy) is bold."""
+    """Return the accuracy table as Markdown; the best row (by last accuracy) of every IPC and label regime is
+    bold."""
     rows = zip(accuracy_table(summary), _all_rows(summary), strict=True)
     marked = [tuple(f"**{cell}**" for cell in cells) if row.is_best else cells for cells, row in rows]
     return pipes(HEADER, marked, ("---:", "---", "---", "---:", "---:", "---:"))
@@ -52,7 +55,7 @@ def rich_table(summary: RunSummary) -> Table:
         table.add_column(title, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     rows = _all_rows(summary)
     for k, (cells, row) in enumerate(zip(accuracy_table(summary), rows, strict=True)):
-        is_last = k + 1 < len(rows) and rows[k + 1].ipc != row.ipc
+        is_last = k + 1 < len(rows) and (rows[k + 1].ipc, rows[k + 1].regime) != (row.ipc, row.regime)
         table.add_row(*cells, style="bold" if row.is_best else None, end_section=is_last)
     return table
 
@@ -97,8 +100,8 @@ def _curves(reader: RunReader, ipc: int, summary: RunSummary) -> bytes:
     training = {name: loaded(f"pretrain/{name}", "curve.json", []) for name in reader.experts()}
     trace = loaded(f"synthesize/ipc{ipc}", TRACE, [])
     runs = loaded(f"evaluate/ipc{ipc}", RESULTS, {"runs": []})["runs"]
-    names = {arm: TRAINING_SETS[arm] for arm in ARM_COLOURS}
-    names |= {row.arm: row.training_set for one in summary.ipcs if one.ipc == ipc for row in one.rows}
+    runs += loaded(CEILING_STAGE, RESULTS, {"runs": []})["runs"] if runs else []
+    names = {arm: training_set(reader, ipc, arm) for arm in TRAINING_SETS}
     return curves_figure(training, trace, runs, names, title=f"{summary.dataset}, {ipc} images per class")
 
 

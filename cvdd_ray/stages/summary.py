@@ -10,26 +10,21 @@ from cvdd_ray.config import RunConfig
 from cvdd_ray.data.artifacts import MANIFEST, Artifacts, Manifest
 from cvdd_ray.data.datasets import dataset_info
 from cvdd_ray.data.imagesets import ImageSet, read_table
-from cvdd_ray.data.labels import FULL
+from cvdd_ray.data.labels import FULL, ONLINE
 from cvdd_ray.data.shards import load_images, shard_files
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.recipes import validate
-from cvdd_ray.stages.evaluate import OURS, RESULTS
+from cvdd_ray.stages.arms import CEILING, LABEL_SETS, OURS, REGIMES, TRAINING_SETS, label_sets
+from cvdd_ray.stages.ceiling import STAGE as CEILING_STAGE
+from cvdd_ray.stages.evaluate import RESULTS
 from cvdd_ray.stages.pipeline import CONFIG
-from cvdd_ray.stages.relabel import BASELINE_LABELS, LABEL_SETS, LABELS, full_bytes, label_encoding
+from cvdd_ray.stages.relabel import LABELS, full_bytes, label_encoding
 from cvdd_ray.stages.synthesize import DISTILLED
 from cvdd_ray.stages.votes import PRIORS, needs_priors, priors_hash
 
 FOLDERS = ("pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate")
-TRAINING_SETS = {
-    "distilled": "distilled, soft labels (BSSL)",
-    "eval_labels": "distilled, eval-mode labels",
-    "start_soft": "starting images, soft labels",
-    "random_soft": "random real, soft labels",
-    "random_hard": "random real, hard labels",
-}
 MAX_VOTES = 10  # image indices listed per IPC
 
 
@@ -62,6 +57,8 @@ class ResultRow:
 
     ipc: int
     arm: str
+    regime: str
+    """Key of its label regime in `arms.REGIMES`: rows of one are compared with each other."""
     training_set: str
     student: str
     last_mean: float
@@ -70,7 +67,7 @@ class ResultRow:
     best_std: float | None
     seeds: int
     is_best: bool
-    """Whether its last accuracy is the highest of its IPC."""
+    """Whether its last accuracy is the highest of its IPC and regime, the ceiling apart."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +187,14 @@ class RunReader:
     def stages(self) -> dict[str, str]:
         """Return every stage this run should have or has, with its state."""
         c = self.config
-        soft = dict.fromkeys(["distilled", *(BASELINE_LABELS.get(b) for b in (c.evaluate.baselines if c else ()))])
+        soft = label_sets(c) if c else [OURS]
         expected = [f"pretrain/{name}" for name in self.experts()] or ["pretrain"]
         expected += ["prior"] if c is None or needs_priors(c) else []
         for n in self.ipcs():
             expected += [f"initialize/ipc{n}", f"synthesize/ipc{n}"]
-            expected += [f"relabel/ipc{n}/{label_set}" for label_set in soft if label_set]
+            expected += [f"relabel/ipc{n}/{label_set}" for label_set in soft]
             expected += [f"evaluate/ipc{n}"]
+        expected += [CEILING_STAGE] if c and CEILING in c.evaluate.baselines else []
         return {stage: self._state(stage) for stage in dict.fromkeys([*expected, *self.manifests])}
 
     def _state(self, stage: str) -> str:
@@ -294,16 +292,38 @@ def _labels(reader: RunReader, stage: str, ipc: int) -> LabelSummary:
 
 
 def _rows(reader: RunReader, ipc: int) -> tuple[ResultRow, ...]:
-    """Return the rows of one IPC, student by student, ours first."""
-    if f"evaluate/ipc{ipc}" not in reader.manifests:
+    """Return the rows of one IPC, regime by regime, student by student, ours first; the ceiling is one of every IPC."""
+    stages = [stage for stage in (f"evaluate/ipc{ipc}", CEILING_STAGE) if stage in reader.manifests]
+    if stages[:1] in ([], [CEILING_STAGE]):
         return ()
-    found = json.loads(reader.file(f"evaluate/ipc{ipc}", RESULTS))["table"]
-    names, labels = dict(TRAINING_SETS), reader.manifests.get(f"relabel/ipc{ipc}/distilled")
-    if labels and labels.identity["settings"]["relabel"]["batchnorm"] != "batch":
-        names[OURS] = TRAINING_SETS[OURS].replace("BSSL", "eval mode")
-    students, order = list(dict.fromkeys(row["student"] for row in found)), list(names)
-    best = max(row["last_mean"] for row in found)
-    found.sort(key=lambda row: (students.index(row["student"]), order.index(row["arm"])))
-    return tuple(
-        ResultRow(ipc=ipc, training_set=names[row["arm"]], is_best=row["last_mean"] == best, **row) for row in found
+    found = [row for stage in stages for row in json.loads(reader.file(stage, RESULTS))["table"]]
+    online = _is_online(reader, ipc)
+    regimes = {row["arm"]: TRAINING_SETS[row["arm"]].regime(online) for row in found}
+    students, arms, order = list(dict.fromkeys(row["student"] for row in found)), list(TRAINING_SETS), list(REGIMES)
+    found.sort(
+        key=lambda row: (order.index(regimes[row["arm"]]), students.index(row["student"]), arms.index(row["arm"]))
     )
+    best: dict[str, float] = {}
+    for row in found:
+        if row["arm"] != CEILING:
+            best[regimes[row["arm"]]] = max(best.get(regimes[row["arm"]], 0.0), row["last_mean"])
+    return tuple(
+        ResultRow(
+            ipc=ipc, regime=regimes[row["arm"]], training_set=training_set(reader, ipc, row["arm"]),
+            is_best=row["arm"] != CEILING and row["last_mean"] == best[regimes[row["arm"]]], **row,
+        )
+        for row in found
+    )  # fmt: skip
+
+
+def _is_online(reader: RunReader, ipc: int) -> bool:
+    labels = reader.manifests.get(f"relabel/ipc{ipc}/{OURS}")
+    return labels is not None and ONLINE in labels.files
+
+
+def training_set(reader: RunReader, ipc: int, arm: str) -> str:
+    """Return a row in words, with what the labels of this run are."""
+    title, labels = TRAINING_SETS[arm].title, reader.manifests.get(f"relabel/ipc{ipc}/{OURS}")
+    if arm == OURS and labels and labels.identity["settings"]["relabel"]["batchnorm"] != "batch":
+        title = title.replace("BSSL", "eval mode")
+    return title.replace("soft", "online soft") if _is_online(reader, ipc) else title

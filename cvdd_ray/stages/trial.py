@@ -18,8 +18,9 @@ from cvdd_ray.data.datasets import network_inputs
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.recipes import with_settings
+from cvdd_ray.stages.arms import OURS
 from cvdd_ray.stages.context import Run
-from cvdd_ray.stages.evaluate import OURS, build_student, load_arms, on_device, student_settings
+from cvdd_ray.stages.evaluate import build_student, load_arms, on_device, student_settings
 from cvdd_ray.stages.pipeline import STAGES, check
 from cvdd_ray.stages.pretrain import pretrain
 from cvdd_ray.stages.prior import measure_priors

@@ -13,9 +13,9 @@ import cvdd_ray
 from cvdd_ray.data.imagesets import read_image_set
 from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.stages import grouptask
+from cvdd_ray.stages.arms import label_sets
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.pipeline import STAGES, check, run_all
-from cvdd_ray.stages.relabel import label_sets
 from cvdd_ray.stages.synthesize import job_groups
 
 
@@ -198,7 +198,7 @@ def test_baselines_share_views_with_ours(finished):
     from cvdd_ray.data.labels import SoftLabels
 
     plans = []
-    for name in label_sets(finished):
+    for name in label_sets(finished.config):
         file = f"relabel/ipc2/{name}/labels.arrow"
         plans.append(SoftLabels(finished.store.open(file), file, None).epoch(1))
     for other in plans[1:]:

@@ -17,11 +17,12 @@ from cvdd_ray.config import RunConfig
 from cvdd_ray.data.imagesets import ImageSet, read_image_set
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
+from cvdd_ray.stages.arms import TRAINING_SETS
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.pictures import contact_sheet
 from cvdd_ray.stages.pipeline import run_all
 from cvdd_ray.stages.report import accuracy_table, markdown_table, rich_summary, rich_table, write_report
-from cvdd_ray.stages.summary import TRAINING_SETS, summarize_run
+from cvdd_ray.stages.summary import summarize_run
 from cvdd_ray.stages.synthesize import synthesize
 
 EXPERTS = ("resnet18", "shufflenet_v2")
@@ -123,8 +124,9 @@ def test_rows_are_the_students_recomputed(finished):
             assert row.seeds == len(curves) == 2
             assert (row.last_mean, row.best_mean) == pytest.approx((sum(last) / 2, sum(best) / 2))
             assert (row.last_std, row.best_std) == pytest.approx((statistics.stdev(last), statistics.stdev(best)))
-        highest = max(row.last_mean for row in one.rows)
-        assert [row.is_best for row in one.rows] == [row.last_mean == highest for row in one.rows]
+        assert [row.regime for row in one.rows] == ["soft", "soft", "hard"]
+        highest = max(row.last_mean for row in one.rows[:2])
+        assert [row.is_best for row in one.rows] == [*(row.last_mean == highest for row in one.rows[:2]), True]
 
 
 def test_markdown_table_parses(finished):
@@ -137,7 +139,7 @@ def test_markdown_table_parses(finished):
     for cells, row in zip(lines[2:], rows, strict=True):
         assert all(cell.startswith("**") == row.is_best for cell in cells)
         ipc, training_set, student, last, best, seeds = (cell.strip("*") for cell in cells)
-        assert (ipc, training_set, student) == (str(row.ipc), TRAINING_SETS[row.arm], row.student)
+        assert (ipc, training_set, student) == (str(row.ipc), TRAINING_SETS[row.arm].title, row.student)
         assert last == f"{row.last_mean:.1f} ± {row.last_std:.1f}"
         assert best == f"{row.best_mean:.1f} ± {row.best_std:.1f}"
         assert seeds == "2"
@@ -177,11 +179,11 @@ def test_table_of_given_results(copy):
     summary = summarize_run(Store(str(copy)))
     assert accuracy_table(summary)[:4] == [
         ("1", "distilled, soft labels (BSSL)", "resnet18", "50.0 ± 2.0", "50.0 ± 2.0", "2"),
-        ("1", "random real, hard labels", "resnet18", "40.0 ± 1.3", "41.0 ± 0.5", "2"),
         ("1", "distilled, soft labels (BSSL)", "shufflenet_v2", "30.0", "31.0", "1"),
+        ("1", "random real, hard labels", "resnet18", "40.0 ± 1.3", "41.0 ± 0.5", "2"),
         ("1", "random real, hard labels", "shufflenet_v2", "20.0", "60.0", "1"),
     ]
-    assert [row.is_best for row in summary.ipcs[0].rows] == [True, False, False, False]  # by last, not by best
+    assert [row.is_best for row in summary.ipcs[0].rows] == [True, False, True, False]  # by last, not best, per regime
 
 
 def test_report_files(finished):

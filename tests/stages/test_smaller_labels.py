@@ -18,9 +18,9 @@ from cvdd_ray.labelconfig import RelabelConfig
 from cvdd_ray.recipes import with_settings
 from cvdd_ray.stages import evaluate as evaluation
 from cvdd_ray.stages import relabel as stage
+from cvdd_ray.stages.arms import OURS
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import (
-    OURS,
     StudentTask,
     build_student,
     evaluate,
