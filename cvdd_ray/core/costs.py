@@ -141,6 +141,35 @@ def training_cost(network: Network, num_images: int) -> Cost:
     return measured(step)
 
 
+@dataclass(frozen=True)
+class ImageFlops:
+    """FLOPs of a network per image: of its logits; of a vote, which takes the gradient of the image as well; of training,
+    which takes that of all weights but none of the image."""
+
+    forward: int
+    vote: int
+    training: int
+
+
+@lru_cache(maxsize=256)
+def image_flops(network: Network) -> ImageFlops:
+    """Return the FLOPs of a network per image from one forward pass: a gradient, of what goes in or of weights, costs as much
+    as the pass itself, layer by layer."""
+    model, first = network.build(), []
+
+    def of_images(layer: nn.Conv2d, _: tuple, y: Tensor) -> None:
+        if not first:
+            first.append(2 * y.numel() * layer.weight[0].numel())
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(of_images)
+    with torch.no_grad(), flop_counter() as counter:
+        model(network.images(1))
+    forward = counter.get_total_flops()
+    return ImageFlops(forward, 2 * forward, 3 * forward - first[0])
+
+
 @lru_cache(maxsize=64)
 def view_flops(size: int) -> int:
     """Return the FLOPs of one view (crop, flip, roll) of one image; the gradient back through it costs the same."""

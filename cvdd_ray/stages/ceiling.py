@@ -59,7 +59,10 @@ def ceiling(run: Run) -> None:
         shared = (train, test, run.info, c.pretrain, run.width, c.data.flip, c.seed)
         done = work.each(train_on_all, items, shared, doing=f"{len(items)} students on all real images")
         results = [json.loads(data) for data in done.values()]
-        work.commit({RESULTS: json.dumps({"runs": results, "table": summarize(results)}).encode()})
+        work.commit(
+            {RESULTS: json.dumps({"runs": results, "table": summarize(results)}).encode()},
+            train_images=len(run.real.train), test_images=len(run.real.test),
+        )  # fmt: skip
 
 
 def check_ceiling(run: Run) -> None:

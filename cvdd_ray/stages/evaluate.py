@@ -109,7 +109,10 @@ def evaluate(run: Run, ipc: int) -> None:
         doing = f"{len(items)} students, {epochs} epochs"
         done = work.each(run_student, items, shared, num_workers=c.workers, doing=doing)
         results = [json.loads(data) for data in done.values()]
-        work.commit({RESULTS: json.dumps({"runs": results, "table": summarize(results)}).encode()})
+        work.commit(
+            {RESULTS: json.dumps({"runs": results, "table": summarize(results)}).encode()},
+            test_images=len(run.real.test),
+        )
 
 
 def student_settings(run: Run, epochs: int, num_images: int) -> StudentSettings:

@@ -103,7 +103,8 @@ def initialize(run: Run, ipc: int) -> Manifest:
         for kind in KINDS:
             of_set, contents[kind] = work.image_set(kind, ipc, tile_shard, (pieces, patching), {"kind": kind})
             files |= of_set
-        return work.commit(files, content=contents)
+        scored = sum(len(one.scored) for one in classes) if specs else 0
+        return work.commit(files, content=contents, scored_images=scored)
 
 
 def load_image_set(run: Run, stage: str, base: str, verb: str) -> ImageSet:

@@ -65,6 +65,7 @@ def _train_missing(run: Run, plans: Mapping[str, StagePlan], given: Mapping[str,
         c.committee.width,
         c.data.flip,
     )
+    counted = {"train_images": len(run.real.train), "holdout_images": len(run.real.holdout)}
     shares = dict.fromkeys(items, 0.0)
     notes: dict[str, str] = {}
     if c.pretrain.precision == "bfloat16" and has_slow_bfloat16():
@@ -80,7 +81,7 @@ def _train_missing(run: Run, plans: Mapping[str, StagePlan], given: Mapping[str,
 
     for name, (weights, curve, holdout_accuracy, wall_s) in run.runtime.map(train_one, items, shared, on_report):
         files = {WEIGHTS: weights, "curve.json": json.dumps(curve).encode()}
-        run.artifacts.commit(plans[name], files, wall_s=wall_s, facts={"holdout_accuracy": holdout_accuracy})
+        run.artifacts.commit(plans[name], files, wall_s=wall_s, facts={"holdout_accuracy": holdout_accuracy, **counted})
         notes.pop(name, None)
         shares[name] = 1.0
         run.progress.say(f"pretrain {name}: {holdout_accuracy:.1f} % on the hold-out after {wall_s:.0f} s")

@@ -76,7 +76,8 @@ def measure_priors(run: Run) -> None:
         priors = {name: statistics.fmean(values) for name, values in per_seed.items()}
         files = {file: written for images, _, _ in distilled.values() for file, written in images.items()}
         files[PRIORS] = json.dumps({"priors": priors, "per_seed": per_seed, "split": "holdout"}).encode()
-        work.commit(files, priors=priors)
+        tests = sum(student.is_tested(epoch) for epoch in range(epochs))
+        work.commit(files, priors=priors, tests=tests, holdout_images=len(run.real.holdout))
         run.progress.say("prior: " + ", ".join(f"{name} {value:.1f} %" for name, value in priors.items()))
 
 

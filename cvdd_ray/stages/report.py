@@ -2,18 +2,22 @@
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from cvdd_ray.data.storage import Store
-from cvdd_ray.stages.arms import TRAINING_SETS
+from cvdd_ray.stages.arms import OURS, TRAINING_SETS
 from cvdd_ray.stages.ceiling import STAGE as CEILING_STAGE
+from cvdd_ray.stages.costsheet import StageCost, stage_costs
 from cvdd_ray.stages.evaluate import RESULTS
 from cvdd_ray.stages.initialize import RANDOM, START
 from cvdd_ray.stages.pictures import MAX_INDICES, contact_sheet, curves_figure
-from cvdd_ray.stages.planreport import size
+from cvdd_ray.stages.planreport import flops, size
+from cvdd_ray.stages.scores import Scores, scores_of
 from cvdd_ray.stages.summary import (
     MAX_VOTES,
     LabelSummary,
@@ -26,6 +30,12 @@ from cvdd_ray.stages.summary import (
 from cvdd_ray.stages.synthesize import DISTILLED, TRACE
 
 HEADER = ("IPC", "training set", "student", "last %", "best %", "seeds")
+SCORES_HEADER = ("IPC", "student", "HLR", "IOR", "LRS %", "ARS %")
+SCORES_RULE = (
+    "HLR: points that all real images are ahead of the distilled ones, both with hard labels (lower is better); IOR: points "
+    "that the distilled images are ahead of random real ones with the same labels (higher is better); LRS joins the two, ARS "
+    "the gains over random images with and without augmentation: 26.9 % is no gain, more is better (DD-Ranking)."
+)
 RULE = "The test set is used by the final evaluation only; the accuracy after the last epoch is the primary number."
 
 
@@ -63,11 +73,34 @@ def rich_table(summary: RunSummary) -> Table:
 def rich_summary(summary: RunSummary) -> list:
     """Return what a terminal shows of a run: facts, then the accuracy table and how to read it if there are results."""
     facts = [Text(f"{name}: {value}") for name, value in _facts(summary).items()]
-    return [*facts, "", rich_table(summary), "", Text(RULE)] if _all_rows(summary) else facts
+    if not _all_rows(summary):
+        return facts
+    scores = scores_of(_all_rows(summary))
+    table = Table(*SCORES_HEADER, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for cells in score_rows(scores):
+        table.add_row(*cells)
+    below = [Text(text) for text in (SCORES_RULE, *missing_rows(scores))]
+    return [*facts, "", rich_table(summary), "", Text(RULE), "", table, "", *below]
+
+
+def score_rows(scores: Sequence[Scores]) -> list[tuple[str, ...]]:
+    """Return rows of text: IPC, student, HLR and IOR in points, LRS and ARS in percent; empty where rows are missing."""
+
+    def cell(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.1f}"
+
+    return [(str(s.ipc), s.student, cell(s.hlr, "+"), cell(s.ior, "+"), cell(s.lrs), cell(s.ars)) for s in scores]
+
+
+def missing_rows(scores: Sequence[Scores]) -> list[str]:
+    """Return what would complete the scores, in one line or none."""
+    missing = dict.fromkeys(row for one in scores for row in one.missing)
+    return [f"Without {', '.join(missing)} in evaluate.baselines some scores are not known."] if missing else []
 
 
 def write_report(store: Store) -> dict[str, str]:
-    """Write `report/` of a run anew: table.md, contact_sheet_ipc<n>.png, curves_ipc<n>.png; return {name: path}.
+    """Write `report/` of a run anew: table.md, results.json (the same for programs), contact_sheet_ipc<n>.png,
+    curves_ipc<n>.png; return {name: path}.
 
     Pictures of stages that are not there are left out, older ones are removed.  Raises ArtifactError as summarize_run.
     """
@@ -84,7 +117,12 @@ def write_report(store: Store) -> dict[str, str]:
             )
         files[f"curves_ipc{one.ipc}.png"] = _curves(reader, one.ipc, summary)
     pictures = [f"report/{name}" for name in files]
-    files = {"table.md": _markdown(summary, list(files)).encode(), **files}
+    costs = stage_costs(reader)
+    tables = {
+        "table.md": _markdown(summary, costs, list(files)).encode(),
+        "results.json": json.dumps(plain_results(summary, costs), indent=1).encode(),
+    }
+    files = {**tables, **files}
     for name in store.names("report"):
         if re.fullmatch(r"report/(contact_sheet|curves)_ipc\d+\.png", name) and name not in pictures:
             store.delete(name)
@@ -135,18 +173,56 @@ def _label_size(labels: LabelSummary) -> str:
     return f"{size(labels.bytes)} ({labels.full_bytes / labels.bytes:.1f}x smaller than float16 for every epoch)"
 
 
-def _markdown(summary: RunSummary, pictures: list[str]) -> str:
-    """Return table.md: facts, accuracies, seconds per stage, votes, pictures, versions."""
-    walls = {f"pretrain/{e.name}": e.wall_s for e in summary.experts} | {"prior": summary.prior_wall_s}
+def plain_results(summary: RunSummary, costs: Sequence[StageCost]) -> dict:
+    """Return the numbers of a report as plain values: rows and scores in percent, stages in seconds, FLOPs and bytes, and
+    per IPC the bytes of distilled images and label sets."""
+    rows = _all_rows(summary)
+    storage = {
+        str(one.ipc): {"images": one.image_bytes, "labels": {name: of.bytes for name, of in one.labels.items()}}
+        for one in summary.ipcs
+    }
+    return {
+        "run": summary.where,
+        "rows": [asdict(row) for row in rows],
+        "scores": [asdict(score) for score in scores_of(rows)],
+        "stages": [asdict(cost) for cost in costs],
+        "storage_bytes": storage,
+    }
+
+
+def _scores_text(summary: RunSummary) -> str:
+    scores = scores_of(_all_rows(summary))
+    if not scores:
+        return "No results yet."
+    table = pipes(SCORES_HEADER, score_rows(scores), ("---:", "---", *["---:"] * 4))
+    return "\n\n".join([table, SCORES_RULE, *missing_rows(scores)])
+
+
+def _storage(summary: RunSummary) -> list[tuple[str, ...]]:
+    """Return per IPC what a student needs of ours, labels included: (IPC, images, labels, both)."""
+    rows = []
+    for one in summary.ipcs:
+        labels = one.labels.get(OURS)
+        if one.image_bytes is not None and labels is not None:
+            rows.append((str(one.ipc), *map(size, (one.image_bytes, labels.bytes, one.image_bytes + labels.bytes))))
+    return rows
+
+
+def _markdown(summary: RunSummary, costs: Sequence[StageCost], pictures: list[str]) -> str:
+    """Return table.md: facts, accuracies, scores, what stages took and what is stored, votes, pictures, versions."""
     votes = []
     for one in summary.ipcs:
-        walls |= one.wall_s
         votes += [(str(one.ipc), str(v.image_index), " + ".join(v.lines())) for v in one.votes[:MAX_VOTES]]
-    seconds = [(stage, f"{wall_s:.1f}") for stage, wall_s in walls.items() if wall_s is not None]
+    took = [(c.stage, f"{c.wall_s:.1f}", "?" if c.flops is None else flops(c.flops), size(c.bytes)) for c in costs]
+    known = [c.flops for c in costs if c.flops is not None]
+    took.append(("all", f"{sum(c.wall_s for c in costs):.1f}", flops(sum(known)), size(sum(c.bytes for c in costs))))
     sections = {
         f"# {summary.dataset or 'Run'}": "\n".join(f"- {name}: {value}" for name, value in _facts(summary).items()),
         "## Test accuracy": f"{markdown_table(summary) if _all_rows(summary) else 'No results yet.'}\n\n{RULE}",
-        "## Wall time": pipes(("stage", "seconds"), seconds, ("---", "---:")),
+        "## Scores": _scores_text(summary),
+        "## Cost": pipes(("stage", "seconds", "FLOPs", "bytes"), took, ("---", "---:", "---:", "---:"))
+        + "\n\nSeconds are of wall time on whatever it ran, FLOPs of convolutions and matrix products.",
+        "## Storage": pipes(("IPC", "distilled images", "their labels", "both"), _storage(summary), ("---:",) * 4),
         "## Votes": f"The same for every class; at most {MAX_VOTES} image indices per IPC are listed.\n\n"
         + pipes(("IPC", "image index", "weights"), votes, ("---:", "---:", "---")),
         "## Pictures": "\n".join(f"- [{name}]({name})" for name in pictures) or "None yet.",

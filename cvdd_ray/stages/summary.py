@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import yaml
@@ -160,8 +161,15 @@ class RunReader:
 
     def size(self, stage: str, base: str) -> int:
         """Return the bytes of an image or label set, without reading it (labels can be large)."""
+        return self._bytes(stage, shard_files(self.manifests[stage].files, base))
+
+    def stage_bytes(self, stage: str) -> int:
+        """Return the bytes of all files of a stage."""
+        return self._bytes(stage, self.manifests[stage].files)
+
+    def _bytes(self, stage: str, names: Iterable[str]) -> int:
         total = 0
-        for name in shard_files(self.manifests[stage].files, base):
+        for name in names:
             if not self.store.exists(f"{stage}/{name}"):
                 raise ArtifactError(
                     f"{self.store.display(f'{stage}/{name}')} is gone; remove its folder to make it anew"

@@ -9,7 +9,16 @@ from torchvision import models
 
 from cvdd_ray.core.augment import apply_views, draw_views
 from cvdd_ray.core.committee import Ballot, Voter
-from cvdd_ray.core.costs import Network, forward_cost, measured, training_cost, view_flops, vote_cost, weight_bytes
+from cvdd_ray.core.costs import (
+    Network,
+    forward_cost,
+    image_flops,
+    measured,
+    training_cost,
+    view_flops,
+    vote_cost,
+    weight_bytes,
+)
 from cvdd_ray.core.models import build_seeded, save_weights
 from cvdd_ray.errors import ConfigError
 
@@ -113,3 +122,15 @@ def test_nothing_random_is_touched_and_unknown_networks_are_named():
     assert torch.equal(before, torch.random.get_rng_state())
     with pytest.raises(ConfigError, match="unknown network"):
         forward_cost(Network("vgg", 7, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 16), ("shufflenet_v2", 16), ("densenet121", 16), ("convnet3", 32)]
+)
+def test_flops_per_image_are_those_of_whole_calls(name, size):
+    network = Network(name, 10, size, 0.25)
+    one = image_flops(network)
+    assert one.forward == forward_cost(network).flops
+    assert 6 * one.training == training_cost(network, 6).flops
+    if name != "convnet3":  # which has no BatchNorm to match
+        assert 6 * one.vote == vote_cost(network, 2, 3).flops

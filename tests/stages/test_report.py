@@ -189,7 +189,8 @@ def test_table_of_given_results(copy):
 def test_report_files(finished):
     paths = write_report(Store(str(finished)))
     assert sorted(paths) == [
-        "contact_sheet_ipc1.png", "contact_sheet_ipc2.png", "curves_ipc1.png", "curves_ipc2.png", "table.md",
+        "contact_sheet_ipc1.png", "contact_sheet_ipc2.png", "curves_ipc1.png", "curves_ipc2.png", "results.json",
+        "table.md",
     ]  # fmt: skip
     for name, path in paths.items():
         assert Path(path) == finished / "report" / name
@@ -243,7 +244,7 @@ def test_unfinished_run_says_what_is_missing(copy):
     assert [len(one.rows) for one in summary.ipcs] == [3, 0]
     assert (summary.ipcs[0].images, summary.ipcs[0].votes) == (0, ())
     paths = write_report(store)
-    assert sorted(paths) == ["contact_sheet_ipc2.png", "curves_ipc1.png", "curves_ipc2.png", "table.md"]
+    assert sorted(paths) == ["contact_sheet_ipc2.png", "curves_ipc1.png", "curves_ipc2.png", "results.json", "table.md"]
     assert {f.name for f in (copy / "report").iterdir()} == {*paths, "notes.txt"}
     assert "evaluate/ipc2" in Path(paths["table.md"]).read_text().split("not finished: ")[1].splitlines()[0]
 
