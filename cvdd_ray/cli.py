@@ -211,6 +211,35 @@ def show(
         console.print(f"links to them: cvdd share {shlex.quote(without_login(store.root))}", soft_wrap=True)
 
 
+@app.command("compare")
+def compare_command(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Directories (or s3:// URIs) of finished runs.")
+    ],
+    row: Annotated[
+        str, typer.Option("--row", metavar="NAME", help="Row of the tables: distilled, or one of evaluate.baselines.")
+    ] = "distilled",
+    csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Everything as JSON, protocols included.")] = False,
+) -> None:
+    """Runs side by side, of any methods; ranked only where students, labels' regime and data were the same."""
+    from cvdd_ray.stages.compare import compare, csv_comparison, markdown_comparison, rich_comparison
+
+    if csv + markdown + json_ > 1:
+        raise ConfigError("--csv, --markdown and --json: give one of them")
+    found = compare(folders, row)
+    if csv or markdown:
+        print(csv_comparison(found) if csv else markdown_comparison(found), end="")
+        return
+    if json_:
+        print(json.dumps(found.plain(), indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    for part in rich_comparison(found):
+        console.print(part, soft_wrap=not isinstance(part, Table))
+
+
 @app.command()
 def share(
     folder: Annotated[str, typer.Argument(metavar="URI", help="s3:// URI of a run or a sweep.")],

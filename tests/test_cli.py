@@ -12,8 +12,8 @@ from cvdd_ray.recipes import dump_config
 
 REPOSITORY = Path(__file__).parent.parent
 VERBS = [
-    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "plan", "bench", "show", "share",
-    "export", "recipes", "schema",
+    "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "plan", "bench", "show", "compare",
+    "share", "export", "recipes", "schema",
 ]  # fmt: skip
 
 
@@ -158,6 +158,11 @@ BAD = [
     (["fly"], "fly"),
     (["run", "digits-demo", "--speed", "9"], "--speed"),
     (["show", "/no/such/run"], "/no/such/run"),
+    (["compare", "/no/such/run"], "give two or more different runs"),
+    (["compare", "/no/such/run", "/no/such/run"], "give two or more different runs"),
+    (["compare", "/no/such/run", "/no/such/other"], "/no/such/run holds no run"),
+    (["compare", "a", "b", "--row", "real_hard"], "choose one of distilled, eval_labels"),
+    (["compare", "a", "b", "--csv", "--json"], "give one of them"),
     (["share", "/no/such/run"], "not in an S3 bucket"),
     (["export", "/no/such/run", "--to", "hub"], "--dest"),
     (["export", "/no/such/run", "--dest", "out"], "--to"),
