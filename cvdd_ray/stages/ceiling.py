@@ -43,7 +43,7 @@ def ceiling(run: Run) -> None:
     shown = c.evaluate.model_dump(include={"students", "seeds", "first_seed", "test_every"})
     settings = {
         "evaluate": {**shown, "width": run.width},
-        "pretrain": c.pretrain.model_dump(),
+        "pretrain": c.pretrain.counted(),
         "data.flip": c.data.flip,
     }
     plan = run.plan(STAGE, settings, {"train": run.real.train.fingerprint, "test": run.real.test.fingerprint})
