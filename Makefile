@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test test-cluster dry-run lint format clean
+.PHONY: demo test test-cluster dry-run messages lint format clean
 demo: $(VENV)/installed  ## distil the bundled digits, 5 to 8 minutes on 2 cores
 	$(BIN)/cvdd run digits-demo --out runs/demo
 
@@ -16,6 +16,9 @@ test-cluster: $(VENV)/installed  ## three machines in network namespaces; needs 
 
 dry-run: $(VENV)/installed  ## ImageNet-1K's 1,000 classes, jobs and shards with tiny images
 	$(BIN)/python tests/scale/dry_run.py
+
+messages: $(VENV)/installed  ## tests/badinput/MESSAGES.md: every bad input and what is said of it
+	$(BIN)/python tests/badinput/table.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

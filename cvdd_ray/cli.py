@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cvdd_ray.config import RunConfig
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
-from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names, without_login
+from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names, without_login, without_logins
 from cvdd_ray.recipes.composed import PATTERN, vocabulary
 
 app = typer.Typer(
@@ -329,7 +329,7 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
     if recipe is None and out is None:
         raise ConfigError("give a recipe or a YAML file (`cvdd recipes` lists them), or --out DIR of an existing run")
     changes = _changes(set_, address)
-    config = load_config(recipe, changes) if recipe else _config_of(out, changes)
+    config = _config_of(out, changes) if recipe is None else load_config(recipe, changes)
     folder = out or config.storage.out or str(Path("runs") / Path(recipe).stem)
 
     from cvdd_ray.data.artifacts import Artifacts, source_stores
@@ -367,7 +367,7 @@ def _config_of(folder: str, changes: list[str]) -> RunConfig:
     store = Store(folder)
     if not store.exists(CONFIG):
         raise ConfigError(f"--out {folder}: no run there ({store.display(CONFIG)} is missing); name a recipe as well")
-    return parse_config(store.read(CONFIG).decode(), store.display(CONFIG), changes)
+    return parse_config(store.read(CONFIG), store.display(CONFIG), changes)
 
 
 def main() -> None:
@@ -375,7 +375,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except CvddError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {without_logins(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         code = 130

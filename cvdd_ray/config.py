@@ -2,10 +2,25 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from cvdd_ray.fields import AreaRange, Beta, NonNegative, Positive, PositiveFloat, Section
+from cvdd_ray.fields import (
+    AreaRange,
+    Beta,
+    Count,
+    Names,
+    NonNegative,
+    Number,
+    Positive,
+    PositiveFloat,
+    Section,
+    Whole,
+    unrepeated,
+)
 from cvdd_ray.labelconfig import RelabelConfig
+
+MAX_SIDE = 2048  # pixels; networks are made for at most 224 or so
+Width = Annotated[Number, Field(gt=0, le=16)]  # of the published channels; more would not fit anywhere
 
 
 class DataConfig(Section):
@@ -19,11 +34,11 @@ class DataConfig(Section):
     by `digits`."""
     dataset: str | None = None
     """Row of the dataset table (mean, std, size, roll) for `folder`, `parquet` and `webdataset`; None: ImageNet statistics."""
-    image_size: Positive | None = None
+    image_size: Annotated[Whole, Field(ge=1, le=MAX_SIDE)] | None = None
     """Side of the square input in pixels; None: the dataset table's."""
-    classes: tuple[str, ...] | None = None
+    classes: Names | None = None
     """Expected class names in label order; None: taken from the source. A different list or order is an error."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    holdout: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     """Share of train kept for priors and sweeps, class by class, so that nothing is selected on test."""
     max_per_class: Positive | None = None
     """Use at most this many train images per class (seeded choice, before the hold-out is taken); None: all."""
@@ -38,9 +53,9 @@ class DataConfig(Section):
 
 
 class CommitteeConfig(Section):
-    experts: tuple[str, ...] = ("resnet18", "resnet50", "shufflenet_v2", "mobilenet_v2", "densenet121")
+    experts: Names = ("resnet18", "resnet50", "shufflenet_v2", "mobilenet_v2", "densenet121")
     """Backbones of the committee, in voting order."""
-    width: PositiveFloat = 1.0
+    width: Width = 1.0
     """Channel multiplier of every expert at 32/64 px; 1 is the paper's network, below 1 the slim ones for CPU runs."""
     weights: dict[str, str] = Field({})
     """Given weights per expert: a `.safetensors`/`.pth` file (or its s3:// URI), or `torchvision:IMAGENET1K_V1`. Others are
@@ -48,8 +63,6 @@ class CommitteeConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if len(set(self.experts)) != len(self.experts) or not self.experts:
-            raise ValueError(f"experts must be a non-empty list without repeats, got {list(self.experts)}")
         unknown = sorted(set(self.weights) - set(self.experts))
         if unknown:
             raise ValueError(f"weights given for {unknown}, which are not among experts {list(self.experts)}")
@@ -71,7 +84,7 @@ class PretrainConfig(Section):
     """T_max of the cosine schedule in epochs; None: `epochs` (the published ImageNette script uses 100 of 300)."""
     crop: Literal["pad", "random_resized"] = "pad"
     """Train augmentation: random crop after zero-padding by `pad` pixels, or random resized crop."""
-    pad: Annotated[int, Field(ge=0)] = 4
+    pad: Count = 4
     """Padding of the random crop in pixels."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass: full, or bfloat16 autocast with float32 weights (about twice as fast)."""
@@ -81,7 +94,7 @@ class PriorConfig(Section):
     method: Literal["distill", "given"] = "distill"
     """`distill`: hold-out accuracy of a student trained on data distilled from one expert alone (the definition,
     paper section 3.3); `given`: the numbers in `values`."""
-    values: dict[str, float] = Field({})
+    values: dict[str, Number] = Field({})
     """Given prior per expert in percent, e.g. the paper's Table 19."""
     ipc: Positive = 10
     """Images per class distilled from each expert alone."""
@@ -108,7 +121,7 @@ class VotingConfig(Section):
     """Who votes on image index i. `enumerate`: the i-th combination; `random`: seeded draw per index; `top`: highest
     priors; `fixed`: the list in `fixed`. `auto` (spec 5.6): IPC 1 takes `fixed` if given, else `top`; IPC up to the
     number of combinations enumerates; larger IPC draws."""
-    fixed: tuple[str, ...] | None = None
+    fixed: Names | None = None
     """The voters used by `fixed`, and by `auto` at IPC 1."""
     weighting: Literal["prior", "equal", "random"] = "prior"
     """Vote weights: softmax(prior / temperature), 1/N, or random drawn once per image index."""
@@ -156,7 +169,7 @@ class SynthesizeConfig(Section):
     """Random resized crop and flip of every view; the roll is always on."""
     crop_scale: AreaRange = (0.08, 1.0)
     """Area range of the random resized crop."""
-    roll: Annotated[int, Field(ge=0)] | None = None
+    roll: Count | None = None
     """Largest circular shift in pixels, drawn from 0..roll; None: the dataset table's (4, at 224 px 32)."""
     class_chunk: Positive | None = None
     """Classes optimised together, one image each; None: the dataset table's."""
@@ -186,6 +199,14 @@ class Phase(Section):
         """Return what changes, by name."""
         return self.model_dump(exclude={"from_epoch"}, exclude_none=True)
 
+    @model_validator(mode="after")
+    def _check(self):
+        if not self.changes():
+            raise ValueError(
+                f"changes nothing from epoch {self.from_epoch} on; name one of {', '.join(MUTABLE_SETTINGS)}"
+            )
+        return self
+
 
 MUTABLE_SETTINGS = tuple(name for name in Phase.model_fields if name != "from_epoch")  # may change in mid-training
 
@@ -196,9 +217,9 @@ Baseline = Literal[
 
 
 class EvaluateConfig(Section):
-    students: tuple[str, ...] = ("resnet18",)
+    students: Names = ("resnet18",)
     """Networks trained from scratch on the distilled set."""
-    width: PositiveFloat | None = None
+    width: Width | None = None
     """Channel multiplier of the students; None: the committee's."""
     epochs: Positive | None = None
     """Passes over the distilled set; None: relabel.epochs."""
@@ -210,7 +231,7 @@ class EvaluateConfig(Section):
     """Stretch of the schedule, stepped per epoch; cosine: lr(e) = lr/2 (1 + cos(pi e / (E eta)))."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate; `linear`: lr(e) = lr (1 - e / (E eta)); `constant` knows no eta."""
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_epochs: Count = 0
     """Epochs of linear climb before the schedule, which then has the rest of the epochs."""
     phases: tuple[Phase, ...] = ()
     """Settings that change during the training, in rising order: the schedule a population-based sweep has found."""
@@ -218,7 +239,7 @@ class EvaluateConfig(Section):
     """Temperature of the KL divergence (no T squared factor)."""
     seeds: Positive = 3
     """Students per row of the table; mean and standard deviation are over them."""
-    first_seed: Annotated[int, Field(ge=0)] = 0
+    first_seed: Count = 0
     """Number of the first student: others are other students (a sweep's final test takes fresh ones)."""
     test_every: Positive = 10
     """Epochs between test evaluations; the last epoch is always tested."""
@@ -227,7 +248,7 @@ class EvaluateConfig(Section):
     dealt to them, so at most batch_size / bn_group. Same student up to the last bits of sums; needs Ray."""
     checkpoint_minutes: NonNegative = 5.0
     """Minutes between checkpoints of a student in training, written at the end of an epoch; 0: after every epoch."""
-    baselines: tuple[Baseline, ...] = (
+    baselines: Annotated[tuple[Baseline, ...], AfterValidator(unrepeated)] = (
         "random_hard",
         "random_soft",
         "start_soft",
@@ -270,7 +291,7 @@ class RuntimeConfig(Section):
     """`spread`: experts are actors, asked by coordinators; `colocate`: each worker holds them all; `auto`: that if GPUs can."""
     num_cpus: Positive | None = None
     """CPU cores of a private cluster; None: all of this machine."""
-    object_store_mb: Annotated[int, Field(ge=75)] = 512
+    object_store_mb: Annotated[Whole, Field(ge=75)] = 512
     """Object store of a private cluster in MiB."""
     gpus_per_actor: NonNegative | None = None
     """GPU share of each expert or worker; None: GPUs / experts when there are GPUs, at most 1; 0 keeps them on CPU."""
@@ -304,7 +325,7 @@ class StorageConfig(Section):
 class RunConfig(Section):
     """A whole run. Results depend on everything but `runtime` and `storage` (to the bit: also on threads_per_actor)."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Count = 0
     """Every random choice is a pure function of this number and its place (image, iteration, epoch ...)."""
     ipc: tuple[Positive, ...] = (10,)
     """Images per class; each value is distilled and evaluated on its own."""
@@ -342,6 +363,12 @@ class RunConfig(Section):
         if self.evaluate.warmup_epochs >= self.student_epochs:
             raise ValueError(
                 f"evaluate.warmup_epochs {self.evaluate.warmup_epochs} must be fewer than the {self.student_epochs} epochs"
+            )
+        late = [phase.from_epoch for phase in self.evaluate.phases if phase.from_epoch >= self.student_epochs]
+        if late:
+            raise ValueError(
+                f"evaluate.phases: from_epoch {late[0]} is past the last of {self.student_epochs} epochs and has no effect; "
+                f"leave the phase out"
             )
         if self.evaluate.workers > 1 and self.runtime.engine == "local":
             raise ValueError(

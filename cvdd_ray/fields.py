@@ -1,12 +1,28 @@
-"""What the sections of a configuration are made of: numbers with bounds, and the base of all sections."""
+"""What the sections of a configuration are made of: numbers with bounds, lists of names, and the base of all sections."""
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+LIMIT = 2**31
+"""Whole numbers are below it: what counts or seeds anything fits into 32 bits everywhere."""
+
+
+def _number(value: Any) -> Any:
+    """Refuse true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"got {str(value).lower()}, needs a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number), Field(lt=LIMIT)]
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Whole, Field(ge=1)]
+Count = Annotated[Whole, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
 
 
 def _ordered(scale: tuple[float, float]) -> tuple[float, float]:
@@ -17,12 +33,28 @@ def _ordered(scale: tuple[float, float]) -> tuple[float, float]:
 
 
 AreaRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+
+
+def unrepeated(names: tuple) -> tuple:
+    """Return a tuple without repeats as it is.  Raises ValueError for another."""
+    if len(set(names)) != len(names):
+        raise ValueError(f"needs a list without repeats, got {list(names)}")
+    return names
+
+
+def _filled(names: tuple) -> tuple:
+    if not names:
+        raise ValueError("needs a non-empty list without repeats, got []")
+    return unrepeated(names)
+
+
+Names = Annotated[tuple[str, ...], AfterValidator(_filled)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
     LATER: ClassVar[tuple[str, ...]] = ()
     """Settings that came after results were made with the others."""
 

@@ -4,13 +4,13 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from cvdd_ray.fields import AreaRange, Positive, PositiveFloat, Section
+from cvdd_ray.fields import AreaRange, Names, Positive, PositiveFloat, Section
 
 
 class RelabelConfig(Section):
     LATER: ClassVar[tuple[str, ...]] = ("stored_epochs", "precision", "top_k", "tail", "online")
 
-    teachers: tuple[str, ...] | None = None
+    teachers: Names | None = None
     """Experts that write the soft labels; None: the whole committee."""
     weighting: Literal["prior", "equal"] = "prior"
     """Teacher weights: softmax(prior / temperature), or 1/K."""

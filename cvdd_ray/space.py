@@ -26,7 +26,7 @@ Pair = tuple[float, float]
 class Domain(BaseModel):
     """What one setting may become; exactly one kind is given, e.g. `{grid: [1, 4, 20]}` or `{loguniform: [1e-4, 1e-2]}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     grid: Values | None = None
     """Every one of these values. A mapping changes several settings of a section at once."""

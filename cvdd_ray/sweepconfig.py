@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from cvdd_ray.config import MUTABLE_SETTINGS, RunConfig
 from cvdd_ray.errors import ConfigError
-from cvdd_ray.fields import NonNegative, Positive, Section
+from cvdd_ray.fields import Count, NonNegative, Number, Positive, Section
 from cvdd_ray.recipes import load_config, with_settings, without_place
 from cvdd_ray.space import MAX_GRID, Domain, Space, label, samples
 
@@ -29,7 +29,7 @@ class SearchConfig(Section):
     lagging trials copy a leading one and change its settings."""
     grace_epochs: Positive | None = None
     """`asha`: epochs before a trial may be stopped; None: an eighth of all."""
-    reduction_factor: Annotated[float, Field(gt=1)] | None = None
+    reduction_factor: Annotated[Number, Field(gt=1)] | None = None
     """`asha`: of this many trials one goes on at every rung; None: 3."""
     perturb_epochs: Positive | None = None
     """`pbt`: epochs between two looks at the others; None: an eighth of all."""
@@ -40,7 +40,7 @@ class SearchConfig(Section):
     checkpoint_every: Positive | None = None
     """Epochs between two checkpoints of a trial, which goes on from the last after an interruption; None: 10 (`pbt`
     has one at every `perturb_epochs`)."""
-    final_seeds: Annotated[int, Field(ge=0)] = 3
+    final_seeds: Count = 3
     """Fresh students of the winner, and of the unchanged run, that are tested at the end; 0: no test."""
     max_concurrent: Positive | None = None
     """Trials at once; None: as many as fit."""
@@ -49,7 +49,7 @@ class SearchConfig(Section):
     workers_per_trial: Positive = 1
     """Places for a trial's expert actors and tasks (`runtime.threads_per_actor` cores each, and what `gpus_per_trial`
     leaves of a GPU); only trials that make stages anew take them."""
-    max_failures: Annotated[int, Field(ge=0)] = 1
+    max_failures: Count = 1
     """How often a trial that failed is tried again from its checkpoint."""
     loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Where else results go, beside TensorBoard and the tables: Weights & Biases, MLflow (extras of the package)."""

@@ -13,6 +13,7 @@ LAYERS = {
     "labelconfig": 0,
     "space": 0,
     "sweepconfig": 0,
+    "yamltext": 0,
     "recipes": 0,
     "core": 1,
     "data": 2,

@@ -1,6 +1,7 @@
 """Packaged recipes, and the way from a recipe or a YAML file to a checked RunConfig."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -13,8 +14,17 @@ from pydantic import BaseModel, ValidationError
 from cvdd_ray.config import RunConfig, StorageConfig
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes.composed import all_names, compose, describe, is_composed, parse_name
+from cvdd_ray.yamltext import MAX_BYTES, read_yaml
 
 HEADER_KEYS = ("base", "description")
+_NEEDS = {
+    "string": "text; put it in quotes", "int": "a whole number", "float": "a number", "bool": "true or false",
+    "tuple": "a list, e.g. [a, b]", "dict": "a mapping, e.g. {{key: value}}", "finite": "a finite number",
+    "greater_than": "more than {gt}", "greater_than_equal": "at least {ge}", "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}", "literal_error": "{expected}",
+    "too_short": "at least {min_length} values", "too_long": "at most {max_length} values",
+}  # fmt: skip
+"""What a setting needs, by the type of pydantic's fault or the word it begins with."""
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -44,7 +54,7 @@ def load_config(
 
 
 def parse_config(
-    text: str, name: str, overrides: Iterable[str] = (), *, model: type[Config] = RunConfig
+    text: str | bytes, name: str, overrides: Iterable[str] = (), *, model: type[Config] = RunConfig
 ) -> Config:  # fmt: skip
     """Return the checked configuration in YAML text without a base; `name` is used in messages.  Raises ConfigError."""
     return _with_overrides(_parse(text, name), overrides, model)
@@ -77,16 +87,18 @@ def without_login(address: str) -> str:
     return re.sub(r"^([A-Za-z][A-Za-z0-9+]*://)(?:[^/@?]*|[^/?]*:.*)@", r"\1", address)
 
 
+def without_logins(text: str) -> str:
+    """Return a text for people without the logins of the URIs in it."""
+    return re.sub(r"\b([A-Za-z][A-Za-z0-9+]*://)(?:[^/@?\s]*|[^/?\s]*:\S*)@", r"\1", text)
+
+
 def _with_overrides(settings: dict[str, Any], overrides: Iterable[str], model: type[Config]) -> Config:
     for override in overrides:
         path, sign, text = override.partition("=")
-        if not sign or not path:
-            raise ConfigError(f"--set {override}: give section.key=value, e.g. --set synthesize.iterations=500")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override}: {text!r} is not a YAML value; quote it, e.g. 'ipc=[1, 10]'") from None
-        _set(settings, path, value, f"--set {override}")
+        asked = f"--set {override}"
+        if not sign or "" in path.split("."):
+            raise ConfigError(f"{asked}: give section.key=value, e.g. --set synthesize.iterations=500")
+        _set(settings, path, read_yaml(text, asked, "quote it, e.g. 'ipc=[1, 10]'"), asked)
     return validate(settings, model)
 
 
@@ -106,7 +118,7 @@ def _set(settings: dict[str, Any], path: str, value: Any, asked: str) -> None:
 def validate(settings: Mapping[str, Any], model: type[Config] = RunConfig) -> Config:
     """Return the configuration of plain settings.  Raises ConfigError with all faults in one line."""
     try:
-        return model(**settings)
+        return model.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(fault, model) for fault in error.errors())) from None
 
@@ -121,44 +133,43 @@ def _resolve(recipe: str, seen: tuple[str, ...], base: str | None = None) -> dic
         raise ConfigError(f"recipe {recipe!r}: its bases form a circle ({' -> '.join([*seen, recipe])})")
     settings = _read(recipe)
     base = base or settings.get("base")
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{recipe}: base is {shown(base)}; give the name of one recipe or file")
     own = {name: value for name, value in settings.items() if name not in HEADER_KEYS}
     if base is None:
         return own
-    beside = Path(recipe).parent / str(base)
-    return _merge(_resolve(str(beside) if beside.is_file() else str(base), (*seen, recipe)), own)
+    beside = Path(recipe).parent / base
+    return _merge(_resolve(str(beside) if os.path.isfile(beside) else base, (*seen, recipe)), own)
 
 
 def _read(recipe: str) -> dict[str, Any]:
     if _is_composed(recipe):
         return compose(parse_name(recipe))
     packaged = resources.files(__name__) / f"{recipe}.yaml"
-    source = packaged if "/" not in recipe and packaged.is_file() else Path(recipe)
-    if not source.is_file():
+    source = packaged if recipe in recipe_names() else Path(recipe)
+    if source is not packaged and not os.path.isfile(source):  # unlike Path's, it bears any name
         near = difflib.get_close_matches(recipe, [*recipe_names(), *map(str, all_names())], 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"recipe {recipe!r} is neither packaged nor a file; {hint}`cvdd recipes` lists the packaged ones"
-        )
+        what = "is a directory" if os.path.isdir(source) and recipe else "is neither packaged nor a file"
+        raise ConfigError(f"recipe {shown(recipe)} {what}; {hint}`cvdd recipes` lists the packaged ones")
     try:
-        text = source.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{recipe}: cannot be read as text ({error})") from None
-    return _parse(text, recipe)
+        with source.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{recipe}: cannot be read ({error.strerror}); check its permissions") from None
+    return _parse(content, recipe)
 
 
 def _is_composed(recipe: str) -> bool:
-    return is_composed(recipe) and recipe not in recipe_names() and not Path(recipe).is_file()
+    return is_composed(recipe) and recipe not in recipe_names() and not os.path.isfile(recipe)
 
 
-def _parse(text: str, recipe: str) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{recipe}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+def _parse(content: str | bytes, recipe: str) -> dict[str, Any]:
+    settings = read_yaml(content, recipe)
+    if settings is None:
+        return {}
     if not isinstance(settings, dict):
-        raise ConfigError(
-            f"{recipe}: holds a {type(settings).__name__}, needs sections with keys, as `cvdd recipes NAME` prints"
-        )
+        raise ConfigError(f"{recipe}: holds {shown(settings)}, needs sections with keys, as `cvdd recipes NAME` prints")
     return settings
 
 
@@ -174,7 +185,9 @@ def _explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     """Return `field: what was given, what is allowed` for one pydantic fault."""
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "missing":
-        return f"{where}: is missing" if where != "sweep" else "sweep: is missing; it names the `space` to search"
+        return (
+            f"{where}: is missing; give it" if where != "sweep" else "sweep: is missing; it names the `space` to search"
+        )
     if fault["type"] == "extra_forbidden":
         if where == "sweep":
             return "sweep: this file describes a sweep; run it with `cvdd sweep`"
@@ -182,12 +195,22 @@ def _explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
-    given = fault["input"] if not isinstance(fault["input"], (BaseModel, dict)) else None
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: got {given!r}; {message}"
+    needs = _NEEDS.get(fault["type"]) or _NEEDS.get(fault["type"].split("_")[0])
+    if needs:
+        message = f"needs {needs.format(**fault.get('ctx', {}))}"
+    if fault["type"].startswith("model_"):
+        message = f"needs a section with some of the keys {', '.join(_fields(fault['loc'], model))}, or leave it out"
+    return f"{where}: got {shown(fault['input'])}; {message}"
+
+
+def shown(value: Any) -> str:
+    """Return a value that was given as short text for a message, without logins."""
+    text = without_logins(repr(value))
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _fields(path: tuple, model: Any) -> Iterable[str]:

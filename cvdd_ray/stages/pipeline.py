@@ -51,7 +51,7 @@ def remember(run: Run, verb: str = "run") -> None:
     """
     config = without_place(run.config)
     if verb != "run" and run.store.exists(CONFIG):
-        there = parse_config(run.store.read(CONFIG).decode(), run.store.display(CONFIG))
+        there = parse_config(run.store.read(CONFIG), run.store.display(CONFIG))
         config = there.model_copy(update={name: getattr(config, name) for name in SECTIONS[verb]})
     run.store.write(CONFIG, dump_config(config).encode())
 

@@ -5,8 +5,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import yaml
-
 from cvdd_ray.config import RunConfig
 from cvdd_ray.data.artifacts import MANIFEST, Artifacts, Manifest
 from cvdd_ray.data.datasets import dataset_info
@@ -16,7 +14,7 @@ from cvdd_ray.data.shards import load_images, shard_files
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 from cvdd_ray.labelconfig import RelabelConfig
-from cvdd_ray.recipes import validate
+from cvdd_ray.recipes import parse_config, validate
 from cvdd_ray.stages.arms import CEILING, LABEL_SETS, OURS, REGIMES, TRAINING_SETS, label_sets
 from cvdd_ray.stages.ceiling import STAGE as CEILING_STAGE
 from cvdd_ray.stages.evaluate import RESULTS
@@ -235,7 +233,7 @@ class RunReader:
 
     def _config(self) -> RunConfig | None:
         if self.store.exists(CONFIG):
-            return validate(yaml.safe_load(self.store.read(CONFIG)))
+            return parse_config(self.store.read(CONFIG), self.store.display(CONFIG))
         distilled = [stage for stage in self.manifests if stage.startswith("synthesize/")]
         return validate(self.images(distilled[0], DISTILLED, 1).metadata["config"]) if distilled else None
 

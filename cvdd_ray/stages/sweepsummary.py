@@ -152,7 +152,7 @@ def read_sweep_config(store: Store) -> SweepConfig:
     """Return the configuration a sweep's directory remembers.  Raises ArtifactError when there is none."""
     if not is_sweep(store):
         raise ArtifactError(f"{store.display('').rstrip('/')} holds no sweep ({SWEEP} is missing)")
-    return parse_config(store.read(SWEEP).decode(), store.display(SWEEP), model=SweepConfig)
+    return parse_config(store.read(SWEEP), store.display(SWEEP), model=SweepConfig)
 
 
 def read_sweep(store: Store) -> SweepSummary:
