@@ -45,9 +45,8 @@ def test_messages_are_those_of_today():
     assert MESSAGES.read_text(encoding="utf-8") == made, "run `make messages`"
 
 
-@pytest.mark.parametrize("case_id", [list(BY_ID)[0]])
-def test_a_process_of_its_own_says_the_same(case_id, tmp_path):
-    case = BY_ID[case_id]
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    case = CASES[0]
     case.prepare(tmp_path)
     words = [word.format(out="out") for word in shlex.split(case.command)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -56,6 +55,6 @@ def test_a_process_of_its_own_says_the_same(case_id, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert message_of(case, Outcome(2, done.stderr, []), tmp_path.resolve()) == found(case_id)[1]
+    assert message_of(case, Outcome(2, done.stderr, []), tmp_path.resolve()) == found(case.id)[1]
     assert not (tmp_path / CANARY).exists()
     assert not (tmp_path / "out").exists()
