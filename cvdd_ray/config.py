@@ -299,6 +299,9 @@ class RuntimeConfig(Section):
     """Torch threads of every actor and task."""
     groups_in_flight: Positive = 2
     """Job groups that a coordinator drives at once; there are as many coordinators as keep the experts busy."""
+    hung_s: PositiveFloat = 600.0
+    """Seconds after which an expert that has not answered, or a worker whose group has reported nothing, is taken to hang
+    and is started again."""
     log_format: Literal["plain", "json"] = "plain"
     """What the command writes to stderr: lines for people, or one JSON object per event (stages, progress, pieces of
     work, checkpoints, failures) for programs."""

@@ -1,4 +1,5 @@
-"""A Ray cluster in a process of its own, for tests that join one as a user would: its own token, nodes added at will."""
+"""A Ray cluster in a process of its own, for tests that join one as a user would: its own token, nodes that come and go at
+will."""
 
 import json
 import os
@@ -16,20 +17,25 @@ from ray.cluster_utils import Cluster
 
 cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
 print("address", cluster.address, flush=True)
+added = []
 for line in sys.stdin:
-    cluster.add_node(**json.loads(line))
-    print("added", flush=True)
+    node = json.loads(line)
+    if node is None:
+        cluster.remove_node(added.pop(), allow_graceful=False)
+    else:
+        added.append(cluster.add_node(**node))
+    print("done", flush=True)
 cluster.shutdown()
 """
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 
 class RayCluster:
-    """A head, and the nodes that `add` starts; all on this machine. Use as a context."""
+    """A head, and the nodes that `add` starts; all on this machine, with `env` besides. Use as a context."""
 
-    def __init__(self, **head):
+    def __init__(self, env: dict[str, str] | None = None, **head):
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ADDRESS": ""}
-        self.env = {**os.environ, **token, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+        self.env = {**os.environ, **token, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", **(env or {})}
         self._head = {**NODE, "include_dashboard": False, **head}
 
     def __enter__(self):
@@ -45,9 +51,11 @@ class RayCluster:
 
     def add(self, **node) -> None:
         """Start a node and wait until it is there."""
-        self._process.stdin.write(json.dumps({**NODE, **node}) + "\n")
-        self._process.stdin.flush()
-        self._said("added")
+        self._tell({**NODE, **node})
+
+    def lose(self) -> None:
+        """End the node that was added last at once, as a machine that is switched off, and wait until it is gone."""
+        self._tell(None)
 
     def python(self, *words: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess:
         """Run Python with these words beside the cluster, with its token."""
@@ -58,6 +66,11 @@ class RayCluster:
     def driver(self, *words: str, **env: str) -> subprocess.CompletedProcess:
         """Run cluster/run.py on the cluster."""
         return self.python(str(REPOSITORY / "cluster" / "run.py"), *words, "--address", self.address, **env)
+
+    def _tell(self, node: dict | None) -> None:
+        self._process.stdin.write(json.dumps(node) + "\n")
+        self._process.stdin.flush()
+        self._said("done")
 
     def _said(self, start: str) -> str:
         for line in self._process.stdout:

@@ -23,6 +23,15 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def stored_sha256(store: Store, name: str) -> str:
+    """Return the sha256 of a file of any size.  Raises ArtifactError when it is not there."""
+    digest = hashlib.sha256()
+    with store.open(name) as file:
+        while chunk := file.read(PART_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """What a stage would make: its folder, the settings its result depends on, content hashes of its inputs."""
@@ -183,11 +192,7 @@ class Artifacts:
         Raises ArtifactError when it is missing or altered.
         """
         path = f"{self.folder(manifest.identity)}/{name}"
-        digest = hashlib.sha256()
-        with self.store.open(path) as file:
-            while chunk := file.read(PART_BYTES):
-                digest.update(chunk)
-        self._require_digest(manifest, name, digest.hexdigest())
+        self._require_digest(manifest, name, stored_sha256(self.store, path))
         return path
 
     def _require_digest(self, manifest: Manifest, name: str, digest: str) -> None:

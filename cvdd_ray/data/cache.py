@@ -16,9 +16,10 @@ from typing import BinaryIO
 import pyarrow as pa
 from filelock import FileLock
 
+from cvdd_ray.data.disk import replacing
 from cvdd_ray.data.remote import PARTS_AT_ONCE, Remote, without_secrets
 from cvdd_ray.data.s3 import PART_BYTES
-from cvdd_ray.data.storage import Store, replacing
+from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError, DataError
 from cvdd_ray.recipes import without_login
 

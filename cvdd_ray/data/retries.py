@@ -1,4 +1,4 @@
-"""Trying again: an object store that is busy, slow or out of reach for a while is no reason to stop.
+"""Trying again: an object store or a disk that is busy, full or out of reach for a while is no reason to stop.
 
 pyarrow and boto3 try a single request a few times within seconds. Here a whole operation, one that may be repeated, is tried
 until it has failed for `limit_s` seconds; what time does not mend (no access, no such bucket) ends at once.
@@ -71,29 +71,41 @@ class Fault:
     absent: bool = False
 
 
-def limit_s() -> float:
-    """Return how many seconds an operation may fail before it is given up.  Raises ConfigError for anything but a number."""
-    text = os.environ.get(LIMIT, str(DEFAULT_LIMIT_S))
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = -1.0
-    if not 0 <= limit < float("inf"):
-        raise ConfigError(f"{LIMIT}={text}: give seconds, 0 or more (default {DEFAULT_LIMIT_S:g})")
-    return limit
+@dataclass(frozen=True)
+class Patience:
+    """How long what may be waited for is waited for: the environment variable that says so and its default in seconds, what
+    an error means (None: it is not this one's), and what a person can do in the end."""
+
+    variable: str
+    default_s: float
+    diagnose: Callable[[Exception], Fault | None]
+    remedy: str
+
+    def limit_s(self) -> float:
+        """Return how many seconds an operation may fail before it is given up.  Raises ConfigError for anything but a
+        number."""
+        text = os.environ.get(self.variable, str(self.default_s))
+        try:
+            limit = float(text)
+        except ValueError:
+            limit = -1.0
+        if not 0 <= limit < float("inf"):
+            raise ConfigError(f"{self.variable}={text}: give seconds, 0 or more (default {self.default_s:g})")
+        return limit
 
 
 def retried(
-    operation: Callable[[], Result], doing: str, where: str, *, clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    operation: Callable[[], Result], doing: str, where: str, *, patience: Patience | None = None,
+    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
 ) -> Result:  # fmt: skip
     """Return operation(); while it fails of something that passes, wait (exponentially longer, with jitter) and try again.
 
-    `doing` ("read") and `where` (an address without credentials) are for messages. An absent file (FileNotFoundError) and
-    errors that are not the object store's pass through.  Raises ArtifactError when it has failed for `limit_s` seconds, or
-    at once when time would not mend it.
+    `doing` ("read") and `where` (an address without credentials) are for messages; `patience` is an object store's unless
+    given. An absent file (FileNotFoundError) and errors that are not the store's pass through.  Raises ArtifactError when it
+    has failed for `limit_s` seconds, or at once when time would not mend it.
     """
-    limit, started, attempt, warned = limit_s(), clock(), 0, False
+    patience = patience or OBJECT_STORE
+    limit, started, attempt, warned = patience.limit_s(), clock(), 0, False
     while True:
         attempt += 1
         try:
@@ -101,7 +113,7 @@ def retried(
         except FileNotFoundError:
             raise
         except (OSError, BotoCoreError, ClientError) as error:
-            fault = diagnose(error)
+            fault = patience.diagnose(error)
             if fault is None:
                 raise
         if fault.absent:
@@ -111,8 +123,8 @@ def retried(
         tried_s = clock() - started
         if tried_s >= limit:
             raise ArtifactError(
-                f"{where} cannot be {doing}: {fault.reason}; tried {attempt} times in {tried_s:.0f} s (limit {LIMIT}="
-                f"{limit:g}): check endpoint and network, then run the same command again, it continues"
+                f"{where} cannot be {doing}: {fault.reason}; tried {attempt} times in {tried_s:.0f} s (limit "
+                f"{patience.variable}={limit:g}): {patience.remedy}, then run the same command again, it continues"
             )
         if tried_s > QUIET_S and not warned:
             warned = True
@@ -173,3 +185,6 @@ def _by_code(code: str, status: int, text: str) -> Fault:
 
 def _network(text: str) -> str:
     return f"the connection failed ({' '.join(text.split())[:200].rstrip('. ')})"
+
+
+OBJECT_STORE = Patience(LIMIT, DEFAULT_LIMIT_S, diagnose, "check endpoint and network")

@@ -50,12 +50,14 @@ def cuts(num_items: int, size: int) -> list[range]:
 # ------------------------------------------------------------------------------------------------- image sets
 
 
-def write_piece(store: Store, name: str, tables: Sequence[pa.Table]) -> None:
+def write_piece(store: Store, name: str, tables: Sequence[pa.Table]) -> Written:
     """Write a piece whose record batch i is table i, which may be empty."""
-    with store.writer(name) as stream, pa.ipc.new_file(stream, tables[0].schema) as writer:
-        for table in tables:
-            arrays = [column.combine_chunks() for column in table.columns]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=table.schema))
+    with store.writer(name) as stream:
+        with pa.ipc.new_file(stream, tables[0].schema) as writer:
+            for table in tables:
+                arrays = [column.combine_chunks() for column in table.columns]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=table.schema))
+        return Written(name, stream.sha256())
 
 
 def read_batches(store: Store, batches: Iterable[tuple[str, int]]) -> list[pa.RecordBatch]:

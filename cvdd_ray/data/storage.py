@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import BinaryIO
 import pyarrow as pa
 from pyarrow import fs
 
+from cvdd_ray.data.disk import file_writer, read_file, replacing, write_file
 from cvdd_ray.data.remote import Remote, is_uri, without_secrets
 from cvdd_ray.data.s3 import PART_BYTES, S3
 from cvdd_ray.errors import ArtifactError
@@ -23,7 +23,7 @@ class Store:
     """Files under one root. A name is a relative path with forward slashes; names cannot leave the root.
 
     `root` is a directory or a URI (`s3://bucket/prefix?endpoint_override=...`). Stores pickle by root alone, so that actors
-    open their own. An object store that is away for a while is waited for (`retries.retried`): all methods raise
+    open their own. An object store or a disk that fails for a while is waited for (`retries.retried`): all methods raise
     ArtifactError in the end.  Raises ArtifactError for a root that cannot be opened.
     """
 
@@ -65,10 +65,7 @@ class Store:
     def read(self, name: str) -> bytes:
         """Return the whole file.  Raises ArtifactError when it is not there."""
         try:
-            if not self.is_local:
-                return self._remote.read(self.path(name))
-            with open(self.path(name), "rb") as stream:
-                return stream.read()
+            return read_file(self.path(name)) if self.is_local else self._remote.read(self.path(name))
         except FileNotFoundError:
             raise self._absent(name) from None
 
@@ -81,14 +78,10 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file or nothing: temporary name, fsync, rename (an object store's put is atomic by itself)."""
-        path = self.path(name)
-        if not self.is_local:
-            self._remote.put(path, io.BytesIO(content), len(content))
-            return
-        with replacing(path) as temporary, open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        if self.is_local:
+            write_file(self.path(name), content)
+        else:
+            self._remote.put(self.path(name), io.BytesIO(content), len(content))
 
     @contextmanager
     def writer(self, name: str) -> Iterator["HashingStream"]:
@@ -99,10 +92,8 @@ class Store:
         """
         path = self.path(name)
         if self.is_local:
-            with replacing(path) as temporary, open(temporary, "wb") as stream:
+            with file_writer(path) as stream:
                 yield HashingStream(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
             return
         with tempfile.SpooledTemporaryFile(max_size=PART_BYTES) as stream:
             yield HashingStream(stream)
@@ -213,15 +204,3 @@ class HashingStream(io.RawIOBase):
 
     def sha256(self) -> str:
         return self._digest.hexdigest()
-
-
-@contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Give a temporary name in the folder of `path`; what is there at the end takes its place, after an error nothing does."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

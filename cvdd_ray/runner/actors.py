@@ -3,8 +3,10 @@
 numpy travels, never torch tensors: a torch tensor in a call is pickled and copied, an array is not.
 """
 
+import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.committee import RayCommittee
 from cvdd_ray.runner.measured import CheckpointStore, CountedCommittee, IdleShare, MeasuredVoter, Spent
-from cvdd_ray.stages.grouptask import GroupTask, VoterSettings, run_group
+from cvdd_ray.runner.recovery import is_device_error
+from cvdd_ray.stages.grouptask import GroupTask, Notice, VoterSettings, run_group
 from cvdd_ray.stages.runtime import local_voter
 
 
@@ -26,6 +29,7 @@ class ExpertActor:
     def __init__(self, spec: ExpertSpec, voter: VoterSettings, threads: int, mailbox: Any = None):
         self._spec, self._settings, self._threads = spec, voter, threads
         self._voter: MeasuredVoter | None = None
+        self._health = Health()
         if mailbox is not None:
             tell(mailbox, "actor_started", f"expert {spec.name}", ray.get_runtime_context().get_actor_id())
 
@@ -34,15 +38,16 @@ class ExpertActor:
 
     def vote(self, views_GBCHW: np.ndarray, labels_GB: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (gradient, cross-entropy per group, BN term per group) as float32 arrays."""
-        device = prepare_torch(self._threads)
-        if self._voter is None:  # built here and not in __init__, so that its errors reach the caller as themselves
-            voter = local_voter(self._spec, self._settings, device)
-            self._voter = MeasuredVoter(self._spec.name, voter, IdleShare(self._spec.name))
-        ballot = Ballot(
-            torch.from_numpy(np.array(views_GBCHW)).to(device), torch.from_numpy(np.array(labels_GB)).to(device)
-        )
-        vote = self._voter.vote(ballot)
-        return tuple(part.cpu().numpy() for part in (vote.gradient_GBCHW, vote.cross_entropy_G, vote.bn_term_G))
+        with self._health.watched():
+            device = prepare_torch(self._threads)
+            if self._voter is None:  # built here and not in __init__, so that its errors reach the caller as themselves
+                voter = local_voter(self._spec, self._settings, device)
+                self._voter = MeasuredVoter(self._spec.name, voter, IdleShare(self._spec.name))
+            ballot = Ballot(
+                torch.from_numpy(np.array(views_GBCHW)).to(device), torch.from_numpy(np.array(labels_GB)).to(device)
+            )
+            vote = self._voter.vote(ballot)
+            return tuple(part.cpu().numpy() for part in (vote.gradient_GBCHW, vote.cross_entropy_G, vote.bn_term_G))
 
     def spent(self) -> tuple[int, float, float]:
         """Return how many votes there were so far (on a CPU), their seconds of CPU, and of the clock."""
@@ -53,11 +58,15 @@ class Coordinator:
     """Drives groups of jobs: draws views, asks the expert actors, adds up their gradients, steps, checkpoints. `number`
     tells coordinators apart."""
 
-    def __init__(self, number: int, store: Store, mailbox: Any, threads: int):
-        self._committee, self._store, self._mailbox = RayCommittee(first=number), store, mailbox
-        self._threads, self._stepping = threads, Spent()
+    def __init__(self, number: int, store: Store, mailbox: Any, threads: int, hung_s: float):
+        me = ray.get_runtime_context().get_actor_id()
+        self._committee = RayCommittee(
+            first=number, hung_s=hung_s, on_hung=lambda name: tell(mailbox, "expert_hung", f"expert {name}", me)
+        )
+        self._store, self._mailbox = store, mailbox
+        self._threads, self._notice, self._stepping = threads, Notice(), Spent()
         self._device = torch.device("cpu")
-        tell(mailbox, "actor_started", "coordinator", ray.get_runtime_context().get_actor_id())
+        tell(mailbox, "actor_started", "coordinator", me)
 
     def ready(self) -> None:
         """Return when this actor is there."""
@@ -67,14 +76,24 @@ class Coordinator:
         self._committee.meet(experts)
 
     def run_group(self, name: str, task: GroupTask, experts: Mapping[str, Sequence[Any]]) -> bytes:
-        """Finish one group and return its trace (`grouptask.run_group`); several calls may run at once, each in a thread."""
+        """Finish one group and return what `grouptask.run_group` does; several calls may run at once, each in a thread."""
         prepare_torch(self._threads)
         self.meet(experts)
-        return _run_group(self._committee, name, task, self._store, self._device, self._mailbox, self._stepping)
+        return _run_group(
+            self._committee, name, task, self._store, self._device, self._mailbox, self._stepping, self._notice
+        )
 
     def spent(self) -> tuple[int, float, float]:
         """Return how many steps between votes there were so far, their seconds of CPU, and of the clock."""
         return self._stepping.sums()
+
+    def keep(self) -> None:
+        """Write checkpoints of the groups at work now."""
+        self._notice.keep()
+
+    def stop(self) -> None:
+        """Write checkpoints of the groups at work and stop."""
+        self._notice.stop()
 
 
 class ColocatedWorker:
@@ -86,6 +105,7 @@ class ColocatedWorker:
         self._specs, self._voter, self._store, self._mailbox = experts, voter, store, mailbox
         self._threads = threads
         self._committee: LocalCommittee | None = None
+        self._notice, self._health = Notice(), Health()
         tell(mailbox, "actor_started", "worker", ray.get_runtime_context().get_actor_id())
 
     def ready(self) -> None:
@@ -97,15 +117,43 @@ class ColocatedWorker:
             self._committee = LocalCommittee({name: MeasuredVoter(name, one, idle) for name, one in built.items()})
 
     def run_group(self, name: str, task: GroupTask) -> bytes:
-        """Finish one group and return its trace (`grouptask.run_group`)."""
-        self.ready()
-        device = prepare_torch(self._threads)
-        return _run_group(self._committee, name, task, self._store, device, self._mailbox, Spent())
+        """Finish one group and return what `grouptask.run_group` does."""
+        with self._health.watched():
+            self.ready()
+            device = prepare_torch(self._threads)
+            return _run_group(self._committee, name, task, self._store, device, self._mailbox, Spent(), self._notice)
+
+    def keep(self) -> None:
+        """Write a checkpoint of the group at work now."""
+        self._notice.keep()
+
+    def stop(self) -> None:
+        """Write a checkpoint of the group at work and stop."""
+        self._notice.stop()
+
+
+class Health:
+    """Whether this process can still use its GPU. After an error of the device (`recovery.is_device_error`) it cannot, and
+    ends at the next call, so that Ray starts another one; the error itself has then reached the caller."""
+
+    def __init__(self):
+        self._lost = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        if self._lost:
+            os._exit(1)
+        try:
+            yield
+        except Exception as error:
+            self._lost = is_device_error(error)
+            raise
 
 
 def _run_group(
-    committee: Committee, name: str, task: GroupTask, store: Store, device: torch.device, mailbox: Any, stepping: Spent
-) -> bytes:
+    committee: Committee, name: str, task: GroupTask, store: Store, device: torch.device, mailbox: Any, stepping: Spent,
+    notice: Notice,
+) -> bytes:  # fmt: skip
     """Finish one group, count what it does, and keep the driver informed."""
     work = ray.get_runtime_context().get_task_id()
     tell(mailbox, "group_started", name, work, jobs=len(task.jobs), iterations=task.settings.iterations)
@@ -117,6 +165,7 @@ def _run_group(
         ),
         device,
         lambda report: mailbox.put.remote(name, report),
+        notice,
     )
 
 
@@ -134,7 +183,8 @@ class Mailbox:
         self._events: list[dict] = []
 
     def put(self, name: str, report: dict) -> None:
-        self._reports[name] = report
+        unsaid = {"say": self._reports[name]["say"]} if "say" in self._reports.get(name, {}) else {}
+        self._reports[name] = {**unsaid, **report}
 
     def tell(self, event: dict) -> None:
         self._events.append(event)

@@ -15,14 +15,14 @@ from cvdd_ray.core.experts import ExpertSpec
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.actors import ColocatedWorker, Coordinator, ExpertActor
 from cvdd_ray.runner.cluster import Share, expert_share, outgrown, room, worker_bundles, worker_places
+from cvdd_ray.runner.recovery import MAX_LOSSES
 from cvdd_ray.stages.grouptask import GroupTask, VoterSettings
 from cvdd_ray.stages.scheduling import coordinators
 from cvdd_ray.stages.simulation import Group, expert_actors
 
-# An actor is restarted when its process or node dies; one that keeps dying is given up.
-MAX_RESTARTS = 20
-# Calls of experts, and those that ask whether a worker is there, wait for the restart and are repeated.
-RESTARTED = {"max_restarts": MAX_RESTARTS, "max_task_retries": -1}
+# An actor is restarted when its process or node dies; one that keeps dying is given up. Calls of experts, and those that ask
+# whether a worker is there, wait for the restart and are repeated.
+RESTARTED = {"max_restarts": MAX_LOSSES, "max_task_retries": -1}
 GROW_S = 2.0  # how often new places are looked for
 
 
@@ -54,6 +54,11 @@ class Workers:
         """Return the coming result of a group; it fails when the worker is lost, so that another can have the group."""
         return self.actors[worker].run_group.options(max_task_retries=0).remote(name, task, *more)
 
+    def ask(self, what: str) -> None:
+        """Ask all workers to `keep` or to `stop` the groups they work on."""
+        for actor in self.actors.values():
+            getattr(actor, what).remote()
+
     def dismiss(self, name: str) -> None:
         """End a worker."""
         ray.kill(self.actors.pop(name))
@@ -71,7 +76,7 @@ class Colocated:
         self._c, self.workers = c, Workers("worker")
         self._first = max(1, min(worker_places(c), num_groups))
         self._share = expert_share(c, self._first)
-        self._remote = remote_class(ColocatedWorker, self._share)
+        self._remote = remote_class(ColocatedWorker, self._share, max_concurrency=2)  # a group, and what is asked of it
         self._specs_ref = ray.put(specs)  # kept: a restarted worker asks for it again
         self._arguments = self._specs_ref, voter, store, mailbox, c.threads_per_actor
         self._looked = time.monotonic()
@@ -157,7 +162,7 @@ class Spread:
         self._there = {name: list(experts.actors[name]) for name in specs}  # calls wait until they are
         self.slots = min(c.groups_in_flight, len(groups))
         self._remote = remote_class(Coordinator, Share(0.0, 0.0), max_concurrency=self.slots + 1)
-        self._arguments = store, mailbox, c.threads_per_actor
+        self._arguments = store, mailbox, c.threads_per_actor, c.hung_s
         self._looked = time.monotonic()
 
     def start(self) -> dict[Any, str]:

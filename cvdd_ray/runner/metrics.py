@@ -42,7 +42,7 @@ METRICS = {
     "cvdd_checkpoints": Row(Counter, "checkpoints", (), "Checkpoints of job groups that were written"),
     "cvdd_checkpoint_seconds": Row(Counter, "seconds", (), "Time it took to write them"),
     "cvdd_failures": Row(
-        Counter, "failures", ("kind",), "`actor_restarted`, `task_retried`, or the error that ended the stage"
+        Counter, "failures", ("kind",), "What was started again (`actor_restarted` ...), or the kind of an error"
     ),
 }  # fmt: skip
 

@@ -202,7 +202,7 @@ class Crew:
             for name, network in work.experts.items()
         }
         coordinator = remote_class(Coordinator, NOWHERE, max_concurrency=self._in_flight + 1)
-        self._coordinator = coordinator.remote(0, store, mailbox, c.threads_per_actor)
+        self._coordinator = coordinator.remote(0, store, mailbox, c.threads_per_actor, c.hung_s)
 
     def round(self, number: int) -> Wire:
         """Run all groups once and return what it took."""

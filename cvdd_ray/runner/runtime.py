@@ -15,13 +15,24 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.costs import Network, forward_cost
 from cvdd_ray.core.experts import prepare_torch
-from cvdd_ray.errors import CvddError
+from cvdd_ray.errors import CvddError, NumericsError
 from cvdd_ray.runner.actors import Mailbox, tell
 from cvdd_ray.runner.cluster import connect, gpu_memory, places_with, student_share, task_share, worker_bundles
-from cvdd_ray.runner.crews import MAX_RESTARTS, Colocated, Experts, Spread
+from cvdd_ray.runner.crews import Colocated, Experts, Spread
 from cvdd_ray.runner.metrics import record
+from cvdd_ray.runner.recovery import (
+    MAX_LOSSES,
+    STOP_S,
+    TRIES,
+    Leaving,
+    LostCrewError,
+    LostWorkerError,
+    Poisoned,
+    innermost,
+)
+from cvdd_ray.stages.grouptask import Notice
 from cvdd_ray.stages.groupwork import committee_bytes, fits, group_of, workers_per_gpu
-from cvdd_ray.stages.runtime import read_and_work
+from cvdd_ray.stages.runtime import interruptible, read_and_work
 from cvdd_ray.stages.scheduling import GroupClock, Scheduler
 
 POLL_S = 0.25
@@ -40,10 +51,6 @@ WORK = {
 }
 # An actor or task that says a second time that it has started, has failed before.
 AGAIN = {"actor_started": "actor_restarted", "task_started": "task_retried"}
-
-
-class LostWorkerError(Exception):
-    """The process or node of a worker is gone; others can do its work."""
 
 
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -87,11 +94,11 @@ class RayRuntime:
         share = task_share(self._c)
         remote = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_retries=3)(_call)
         shared_refs = [ray.put(value) for value in shared]
-        waiting = {
-            remote.remote(function, item, name, self._mailbox, self._c.threads_per_actor, *shared_refs): name
-            for name, item in items.items()
-        }
-        yield from self._results(waiting, on_report, _work(function, items))
+
+        def begin(name: str) -> Any:
+            return remote.remote(function, items[name], name, self._mailbox, self._c.threads_per_actor, *shared_refs)
+
+        yield from self._results({begin(name): name for name in items}, on_report, _work(function, items), begin)
 
     def train(
         self, function, items, shared, num_workers, on_report=lambda name, report: None
@@ -144,26 +151,56 @@ class RayRuntime:
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None) -> Iterator[tuple[str, bytes]]:
         used = {name for task in tasks.values() for job in task.jobs for name in job.voters}
         specs = {name: spec for name, spec in experts.items() if name in used}
-        left = dict(tasks)
-        while left:  # once, unless nodes leave: then the groups go on from their checkpoints on those that are left
-            for name, result in self._distill_here(dict(left), specs, voter, store, on_report):
-                del left[name]
-                yield name, result
+        left, poisoned, notice, lost = dict(tasks), Poisoned(), Notice(), 0
+        with interruptible(notice):
+            while (
+                left
+            ):  # once, unless nodes or all workers are lost: then the groups go on from their checkpoints on others
+                try:
+                    for name, result in self._distill_here(
+                        dict(left), specs, voter, store, on_report, poisoned, notice
+                    ):
+                        del left[name]
+                        if result is not None:
+                            yield name, result
+                except LostCrewError as error:
+                    lost += 1
+                    if lost == TRIES:
+                        raise error.__cause__ from None
+                    self._failed("workers_lost", "all of them")
+                    self.release()
+        poisoned.raise_first()
 
-    def _distill_here(self, tasks, specs, voter, store, on_report) -> Iterator[tuple[str, bytes]]:
-        """Yield results as groups finish, until all have or the actors no longer fit on the nodes that are there.
+    def _distill_here(
+        self, tasks, specs, voter, store, on_report, poisoned, notice
+    ) -> Iterator[tuple[str, bytes | None]]:
+        """Yield results as groups finish (None: it is given up), until all have or the actors no longer fit on the nodes that
+        are there.
 
-        The scheduler says which group goes to which worker. Workers that are lost give their groups back, and join again
-        when Ray has restarted them; where nodes join, more are started.
+        The scheduler says which group goes to which worker. Workers that are lost, or say nothing for `hung_s`, give their
+        groups back, and join again when Ray has restarted them; where nodes join, more are started, and when one is going
+        to leave, checkpoints are written. Raises LostCrewError, and KeyboardInterrupt when the notice asks to stop.
         """
         crew, scheduler = self._muster(tasks, specs, voter, store)
         work = Work(stage_of(next(iter(tasks.values())).checkpoint), "jobs", {n: len(t.jobs) for n, t in tasks.items()})
         watch, losses, left = GroupClock(on_report), Counter(), dict(tasks)
         running: dict[Any, tuple[str, str]] = {}  # group and worker
-        asked, silent_s = time.monotonic(), SILENT_S
+        asked, silent_s, leaving = time.monotonic(), SILENT_S, Leaving()
         try:
             arriving = crew.start()
             while left and not crew.lacking():
+                if notice.stopping:
+                    crew.workers.ask("stop")
+                    ray.wait(list(running), num_returns=len(running), timeout=STOP_S) if running else None
+                    raise KeyboardInterrupt
+                if nodes := leaving.news():
+                    crew.workers.ask("keep")
+                    self._on_event("nodes_leaving", {"what": ", ".join(nodes), "stage": work.stage})
+                for name, worker in running.values():
+                    if watch.silent_s(name) > self._c.hung_s:
+                        watch.begin(name)
+                        self._failed("worker_hung", worker)
+                        ray.kill(crew.workers.actors[worker], no_restart=False)
                 for name, worker in scheduler.assign():
                     running[crew.run(worker, name, tasks[name])] = name, worker
                     watch.begin(name)
@@ -180,7 +217,7 @@ class RayRuntime:
                         continue
                     name, worker = running.pop(ref)
                     try:
-                        result = self._get(ref, name, losses[name] < MAX_RESTARTS)
+                        result = self._get(ref, name, losses[name] < MAX_LOSSES)
                     except LostWorkerError:
                         losses[name] += 1
                         returned = scheduler.lose(worker)
@@ -188,6 +225,16 @@ class RayRuntime:
                         arriving[crew.workers.greet(worker)] = worker
                         self._on_event("worker_lost", {"what": worker, "groups": returned})
                         break  # what else is ready may have been this worker's; it stays ready
+                    except (RayError, NumericsError) as error:
+                        if isinstance(innermost(error), RayActorError):  # an expert that cannot be started again
+                            raise LostCrewError from error
+                        if poisoned.again(name, error):
+                            scheduler.give_back(name)
+                        else:
+                            scheduler.give_up(name)
+                            del left[name]
+                            yield name, None
+                        continue
                     scheduler.finish(name, watch.took_s(name))
                     del left[name]
                     self._done(name, work)
@@ -229,9 +276,11 @@ class RayRuntime:
     def _welcome(self, crew: Colocated | Spread, scheduler: Scheduler, worker: str, ref: Any) -> None:
         """A worker says that it is there, or Ray that it has been started in vain too often."""
         try:
-            self._get(ref, worker, len(crew.workers.actors) > 1)
-        except LostWorkerError:
+            self._get(ref, worker, replaceable=True)
+        except LostWorkerError as error:
             crew.workers.dismiss(worker)
+            if not crew.workers.actors:
+                raise LostCrewError from error.__cause__
         else:
             scheduler.join(worker, crew.slots)
 
@@ -239,9 +288,13 @@ class RayRuntime:
         """End the expert actors that are kept for the next stage."""
         self._experts.release()
 
-    def _results(self, waiting: Mapping[Any, str], on_report, work: Work) -> Iterator[tuple[str, Any]]:
-        """Yield (name, result) as work finishes and pass reports on; if one piece fails, the rest is cancelled."""
-        waiting = dict(waiting)
+    def _results(
+        self, waiting: Mapping[Any, str], on_report, work: Work, again: Callable[[str], Any] | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (name, result) as work finishes and pass reports on. A piece that fails begins `again`, a few times, and is
+        then given up when the others have finished; where it cannot, and for errors a user can mend, the rest is cancelled.
+        """
+        waiting, poisoned = dict(waiting), Poisoned()
         known = set(waiting.values())  # a late report of an earlier call is nobody's
         asked, silent_s = time.monotonic(), SILENT_S
         try:
@@ -254,9 +307,17 @@ class RayRuntime:
                     silent_s *= 2
                 for result_ref in ready:
                     name = waiting.pop(result_ref)
-                    result = self._get(result_ref, name)
+                    try:
+                        result = self._get(result_ref, name)
+                    except (RayError, NumericsError) as error:
+                        if again is None:
+                            raise
+                        if poisoned.again(name, error):
+                            waiting[again(name)] = name
+                        continue
                     self._done(name, work)
                     yield name, result
+            poisoned.raise_first()
         finally:
             record("cvdd_work_left", 0, stage=work.stage, unit=work.unit)
             for result_ref in waiting:
@@ -273,6 +334,8 @@ class RayRuntime:
         for event in events:
             kind = event.pop("event")
             self._on_event(kind, event)
+            if kind == "expert_hung":
+                self._failed(kind, event["what"], host=event["host"])
             again = kind in AGAIN and event["work"] in self._started
             self._started.add(event["work"])
             if again:
@@ -321,9 +384,7 @@ def stage_of(checkpoint: str) -> str:
 
 def mendable(error: Exception) -> Exception:
     """Return the error a user can mend that is behind one that came from a worker, else the error as it is."""
-    cause = error
-    while isinstance(cause, RayTaskError):
-        cause = cause.cause
+    cause = innermost(error)
     if not isinstance(cause, CvddError):
         return error
     kind = next(kind for kind in type(cause).__mro__ if kind.__module__ == CvddError.__module__)

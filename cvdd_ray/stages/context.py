@@ -1,6 +1,7 @@
 """What every stage is given: the settings, the artifacts, the machinery, and a place to show progress."""
 
 import io
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from cvdd_ray.data.shards import shard_tasks, written_set
 from cvdd_ray.data.sources import RealData, load_real
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
+from cvdd_ray.stages.parts import Parts, Receipt
 from cvdd_ray.stages.runtime import LocalRuntime, Runtime, read_and_work
 
 
@@ -139,26 +141,29 @@ class Run:
 
 
 class StageWork:
-    """A stage being made: resumable pieces of work, then one commit."""
+    """A stage being made: resumable pieces of work (parts.py), then one commit."""
 
     def __init__(self, run: Run, plan: StagePlan, title: str):
         self.run, self.plan, self.title = run, plan, title
         self.partial = run.artifacts.partial(plan)
+        self._parts = Parts(run.store, self.partial)
+        self.checkpoint, self.piece = self._parts.checkpoint, self._parts.file
         self._started = time.monotonic()
 
     def each(
         self, function: Callable[..., bytes], items: Mapping[str, Any], shared: tuple = (), *, doing: str = "",
-        num_workers: int = 1,
+        num_workers: int = 1, written: Receipt | None = None,
     ) -> dict[str, bytes]:  # fmt: skip
         """Return function(item, *shared, report=...) for every item, as bytes; finished items survive an interruption.
-        With several workers per item they run it together, see Runtime.train."""
+        With several workers per item they run it together, see Runtime.train. `written` says which file an item has left,
+        by its name and result; one that was altered meanwhile is made again."""
 
         def start(todo, on_report):
             if num_workers == 1:
                 return self.run.runtime.map(function, todo, shared, on_report)
             return self.run.runtime.train(function, todo, shared, num_workers, on_report)
 
-        return self._collect(items, dict.fromkeys(items, 1.0), "pieces", doing, start)
+        return self._collect(items, dict.fromkeys(items, 1.0), "pieces", doing, start, written)
 
     def stream(
         self, read: Callable, worker: type, items: Mapping[str, Any], shared: tuple, *, stream: bool, doing: str = ""
@@ -186,6 +191,7 @@ class StageWork:
         return self._collect(
             tasks, steps, "job iterations", doing,
             lambda todo, on_report: self.run.runtime.distill(todo, experts, voter, self.run.store, on_report),
+            lambda name, receipt: Written(tasks[name].piece, json.loads(receipt)["sha256"]),
         )  # fmt: skip
 
     def image_set(
@@ -203,24 +209,31 @@ class StageWork:
         if len(items) == 1:
             receipts = {name: write(task, *shared, report=None) for name, task in items.items()}
         else:
-            receipts = self.each(write, items, shared, doing=f"write {base} images")
+
+            def file(name: str, receipt: bytes) -> Written:
+                return Written(items[name].name, json.loads(receipt)["sha256"])
+
+            receipts = self.each(write, items, shared, doing=f"write {base} images", written=file)
         return written_set(tasks, {name: receipts[f"{name}.receipt"] for name in tasks})
 
     def commit(self, files: Mapping[str, bytes | Written], **facts: Any) -> Manifest:
         return self.run.artifacts.commit(self.plan, files, wall_s=time.monotonic() - self._started, facts=facts)
 
-    def _collect(self, items, sizes, unit, doing, start) -> dict[str, bytes]:
-        store, progress = self.run.store, self.run.progress
-        there = set(store.names(self.partial))
-        results = {name: store.read(self._name(name)) for name in items if self._name(name) in there}
+    def _collect(self, items, sizes, unit, doing, start, written: Receipt | None = None) -> dict[str, bytes]:
+        progress, found = self.run.progress, self._parts.find(items, written)
+        results = dict(found.results)
         todo = {name: item for name, item in items.items() if name not in results}
         shares = dict.fromkeys(results, 1.0)
         notes: dict[str, tuple] = {}
         progress.start(f"{self.title}{': ' + doing if doing else ''}", sum(sizes.values()), unit)
         if results:
             progress.update(sum(sizes[name] for name in results), f"{len(results)} of {len(items)} were already there")
+        for name in found.damaged:
+            progress.say(f"{self.run.store.display(self._parts.result(name))} is damaged; it is made again")
 
         def on_report(name: str, report: dict) -> None:
+            if "say" in report:
+                progress.say(report["say"])
             shares[name] = max(shares.get(name, 0.0), float(report.get("done", 0.0)))
             for expert, terms in report.get("experts", {}).items():
                 notes[expert] = terms
@@ -230,20 +243,8 @@ class StageWork:
             progress.update(sum(sizes[piece] * share for piece, share in shares.items()), note)
 
         for name, result in start(todo, on_report) if todo else ():
-            store.write(self._name(name), result)
-            store.delete(f"{self._name(name)}.checkpoint")
+            self._parts.commit(name, result)
             results[name] = result
             on_report(name, {"done": 1.0})
         progress.finish()
         return {name: results[name] for name in items}
-
-    def checkpoint(self, name: str) -> str:
-        """Return where an unfinished item keeps its checkpoint."""
-        return f"{self._name(name)}.checkpoint"
-
-    def piece(self, name: str) -> str:
-        """Return where an item that writes its result itself puts it."""
-        return f"{self._name(name)}.arrow"
-
-    def _name(self, item: str) -> str:
-        return f"{self.partial}/{item}"

@@ -22,7 +22,7 @@ from cvdd_ray.data.labels import ONLINE
 from cvdd_ray.data.shards import label_files, open_labels
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ConfigError
+from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.stages.arms import CEILING, TRAINING_SETS, sized_rows
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import load_image_set
@@ -181,7 +181,7 @@ def run_student(
             plans = views_without_cutmix(views).plans(epoch, len(hard_N))
             return [(plan, hard_N[plan.image_index_B]) for plan in plans]
 
-    kept = KeptStudent(store, task.checkpoint, task.checkpoint_minutes)
+    kept = KeptStudent(store, task.checkpoint, task.checkpoint_minutes, report)
     curve = fit_student(
         task.student, task.seed, arm.images_NCHW, epoch_rows, test, info, s, views.seed, width, report,
         workers=workers, kept=kept,
@@ -193,16 +193,20 @@ def run_student(
 class KeptStudent:
     """The checkpoint of an unfinished student: its state, its curve and the seconds it has taken.
 
-    `start` is what there was (state, curve), None at first.  Raises ArtifactError when it is damaged.
+    `start` is what there was (state, curve); None at first, and where it is damaged, which is reported: {"say": text}.
     """
 
-    def __init__(self, store: Store, name: str, minutes: float):
+    def __init__(self, store: Store, name: str, minutes: float, report: Callable[[dict], None]):
         self._store, self._name, self._every_s = store, name, 60 * minutes
         self.start: tuple[Mapping[str, torch.Tensor], Curve] | None = None
         self._saved = self._started = time.monotonic()
         if store.exists(name):
-            remedy = f"{store.display(name)}, a student's checkpoint, is damaged; remove it"
-            state, about = read_state(store.read(name), remedy)
+            data = store.read(name)
+            try:
+                state, about = read_state(data, f"{store.display(name)}, a student's checkpoint, is damaged")
+            except ArtifactError as error:
+                report({"say": f"{error}; the student begins again"})
+                return
             self.start = state, [tuple(row) for row in about["curve"]]
             self._started -= about["wall_s"]
 

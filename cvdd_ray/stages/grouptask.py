@@ -4,6 +4,7 @@ Only small things pass through the driver: a task names its starting images, a r
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,8 +21,10 @@ from cvdd_ray.data.imagesets import ImageSet, encode_jpeg75, encode_png, image_t
 from cvdd_ray.data.shards import write_piece
 from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
+from cvdd_ray.errors import ArtifactError
 
 PARITY_JPEG = "jpeg75_trunc"
+REPORT_S = 30.0  # a group says that it is alive at least as often as an iteration or this allows
 
 
 @dataclass(frozen=True)
@@ -90,23 +93,55 @@ def encode_state(state: SynthesisState) -> bytes:
 
 def decode_state(data: bytes) -> SynthesisState:
     """Return the state in safetensors bytes.  Raises ArtifactError when they are damaged."""
-    tensors, about = read_state(data, "a synthesis checkpoint is damaged; remove the stage's folder `partial`")
+    tensors, about = read_state(data, "a synthesis checkpoint is damaged")
     trace = [tuple(row) for row in about["trace"]]
     moments = tensors["first_moment"], tensors["second_moment"]
     return SynthesisState(tensors["images"], *moments, about["iteration"], trace)
 
 
-def run_group(
-    committee: Committee, task: GroupTask, store: Store, device: torch.device, report: Callable[[dict], None]
-) -> bytes:
-    """Finish a group, from its checkpoint if there is one, write its piece, and return its trace as JSON: rows (iteration,
-    image index, chunk, expert, cross-entropy, BN term).
+def kept_state(task: GroupTask, store: Store, report: Callable[[dict], None]) -> SynthesisState | None:
+    """Return the state in a group's checkpoint; None where there is none, and where it is damaged, which is reported."""
+    if not store.exists(task.checkpoint):
+        return None
+    data = store.read(task.checkpoint)
+    try:
+        return decode_state(data)
+    except ArtifactError as error:
+        report({"say": f"{store.display(task.checkpoint)}: {error}; the group begins again"})
+        return None
 
-    `report` gets {"done": share of the iterations, "experts": {name: (cross-entropy, BN term)}} about once per percent.
+
+class StoppedError(Exception):
+    """A group has stopped because it was asked to; its checkpoint is written."""
+
+
+class Notice:
+    """What the groups at work in a process are asked for: a checkpoint now, and to stop after it."""
+
+    def __init__(self):
+        self.asked, self.stopping = 0, False
+
+    def keep(self) -> None:
+        self.asked += 1
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.keep()
+
+
+def run_group(
+    committee: Committee, task: GroupTask, store: Store, device: torch.device, report: Callable[[dict], None],
+    notice: Notice,
+) -> bytes:  # fmt: skip
+    """Finish a group, from its checkpoint if there is a sound one, write its piece, and return as JSON the piece's
+    `sha256` and the `trace`: rows (iteration, image index, chunk, expert, cross-entropy, BN term).
+
+    `report` gets {"done": share of the iterations, "experts": {name: (cross-entropy, BN term)}} about once per percent, or
+    per REPORT_S, and {"say": text} for a checkpoint that is damaged; the group then begins again.  Raises StoppedError where
+    the notice asks to stop.
     """
-    if store.exists(task.checkpoint):
-        state = decode_state(store.read(task.checkpoint))
-    else:
+    state = kept_state(task, store, report)
+    if state is None:
         state = SynthesisState.start(torch.stack([task.starts.of_job(job, store) for job in task.jobs]))
     state = replace(
         state,
@@ -116,11 +151,20 @@ def run_group(
     )
     iterations = task.settings.iterations
     every = max(1, iterations // 100)
+    noticed, reported = 0 if notice.stopping else notice.asked, time.monotonic()
 
     def on_progress(state: SynthesisState) -> None:
-        if state.iteration % every == 0 or state.iteration == iterations:
+        nonlocal noticed, reported
+        due = state.iteration % every == 0 or state.iteration == iterations
+        if due or time.monotonic() - reported >= REPORT_S:
+            reported = time.monotonic()
             latest = {name: (ce, bn) for _, _, name, ce, bn in state.trace[-4 * len(task.jobs) :]}
             report({"done": state.iteration / iterations, "experts": latest})
+        if noticed != notice.asked and state.iteration < iterations:
+            noticed = notice.asked
+            on_checkpoint(state)
+            if notice.stopping:
+                raise StoppedError
 
     def on_checkpoint(state: SynthesisState) -> None:
         store.write(task.checkpoint, encode_state(state))
@@ -128,9 +172,9 @@ def run_group(
     final = distill_group(
         committee, task.jobs, state, task.settings, on_progress=on_progress, on_checkpoint=on_checkpoint
     )
-    write_piece(store, task.piece, job_tables(task, final))
+    written = write_piece(store, task.piece, job_tables(task, final))
     trace = [(t, task.jobs[j].image_index, task.jobs[j].chunk, name, ce, bn) for t, j, name, ce, bn in final.trace]
-    return json.dumps(trace).encode()
+    return json.dumps({"sha256": written.sha256, "trace": trace}).encode()
 
 
 def job_tables(task: GroupTask, final: SynthesisState) -> list[pa.Table]:

@@ -115,8 +115,12 @@ def relabel(run: Run, ipc: int, label_set: str = "distilled") -> None:
         items = {name: (span, work.piece(name)) for name, span in pieces.items()}
         views = ViewSettings(run.config.seed, flip, run.info.image_size, c)
         shared = (images.images_NCHW, run.info, [specs[n] for n in names], weights, views, about, run.store)
-        receipts = work.each(label_epochs, items, shared)
-        written = {name: Written(work.piece(name), receipts[name].decode()) for name in pieces}
+
+        def piece(name: str, receipt: bytes) -> Written:
+            return Written(work.piece(name), receipt.decode())
+
+        receipts = work.each(label_epochs, items, shared, written=piece)
+        written = {name: piece(name, receipts[name]) for name in pieces}
         if sharded:
             files = {shard_name(LABELS, k, len(spans)): file for k, file in enumerate(written.values())}
         else:

@@ -1,6 +1,9 @@
 """What stages ask of the machinery that runs them, and the reference that runs everything in this process."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,8 +11,8 @@ import numpy as np
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ConfigError
-from cvdd_ray.stages.grouptask import GroupTask, VoterSettings, run_group
+from cvdd_ray.errors import ConfigError, NumericsError
+from cvdd_ray.stages.grouptask import GroupTask, Notice, StoppedError, VoterSettings, run_group
 
 Report = Callable[[str, dict], None]
 
@@ -45,7 +48,11 @@ class Runtime(Protocol):
         self, tasks: Mapping[str, GroupTask], experts: Mapping[str, ExpertSpec], voter: VoterSettings, store: Store,
         on_report: Report,
     ) -> Iterator[tuple[str, bytes]]:  # fmt: skip
-        """Yield (name, what `run_group` returns) for every group of synthesis jobs, voted on by the experts."""
+        """Yield (name, what `run_group` returns) for every group of synthesis jobs, voted on by the experts.
+
+        Raises KeyboardInterrupt after Ctrl-C, when the groups at work have written their checkpoints; the error of a group
+        that fails by itself when the others are finished.
+        """
         ...
 
     def close(self) -> None: ...
@@ -71,15 +78,44 @@ class LocalRuntime:
         yield from self.map(read_and_work, items, (read, worker, *shared), on_report)
 
     def distill(self, tasks, experts, voter, store, on_report=lambda name, report: None):
-        committee = local_committee(experts, voter, self._device)
+        committee, notice, failed = local_committee(experts, voter, self._device), Notice(), []
         for name, task in tasks.items():
-            yield (
-                name,
-                run_group(committee, task, store, self._device, lambda report, name=name: on_report(name, report)),
-            )
+            try:
+                with interruptible(notice):
+                    result = run_group(
+                        committee, task, store, self._device, lambda report, name=name: on_report(name, report), notice
+                    )
+            except StoppedError:
+                raise KeyboardInterrupt from None
+            except NumericsError as error:  # the others are not to suffer for it
+                failed.append(error)
+                continue
+            yield name, result
+        for error in failed:
+            raise error
 
     def close(self) -> None:
         pass
+
+
+@contextmanager
+def interruptible(notice: Notice) -> Iterator[None]:
+    """Let Ctrl-C ask for checkpoints and an end (SIGINT, once; the second ends at once), where this is the main thread and
+    SIGINT is not ignored."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        if notice.stopping:
+            raise KeyboardInterrupt
+        notice.stop()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def read_and_work(item: Any, read: Callable, worker: type, *shared: Any, report: Callable[[dict], None]) -> np.ndarray:

@@ -71,6 +71,15 @@ class Scheduler:
             begun.append((name, worker))
         return begun
 
+    def give_back(self, name: str) -> None:
+        """A group has failed and waits again; its worker has room."""
+        self._room[self._running.pop(name)] += 1
+        self._put(name)
+
+    def give_up(self, name: str) -> None:
+        """A group has failed and will not be tried again; its worker has room."""
+        self._room[self._running.pop(name)] += 1
+
     def finish(self, name: str, seconds: float | None = None) -> None:
         """A group is finished; `seconds` is what the whole of it took, None where that is not known."""
         self._room[self._running.pop(name)] += 1
@@ -106,18 +115,25 @@ class GroupClock:
         self._on_report, self._clock = on_report, clock
         self._since: dict[str, tuple[float, float]] = {}  # time and share done: when it began, then at the first report
         self._heard: set[str] = set()
+        self._last: dict[str, float] = {}
 
     def begin(self, name: str) -> None:
         """A worker has been given the group."""
+        self._last[name] = self._clock()
         self._since[name] = self._clock(), 0.0
         self._heard.discard(name)
 
     def report(self, name: str, report: dict) -> None:
         """Something was reported of a group."""
+        self._last[name] = self._clock()
         if name not in self._heard:
             self._heard.add(name)
             self._since[name] = self._clock(), float(report.get("done", 0.0))
         self._on_report(name, report)
+
+    def silent_s(self, name: str) -> float:
+        """Return the seconds since a group was begun or something was reported of it."""
+        return self._clock() - self._last[name]
 
     def took_s(self, name: str) -> float | None:
         """Return the seconds that the whole of a group takes that is finished now; None where all of it had been done when

@@ -117,7 +117,7 @@ def distill(
         for title, (_, group) in groups.items()
     }
     voter = VoterSettings(run.config.synthesize.bn_weight, run.config.synthesize.first_bn_multiplier)
-    traces = work.distill(tasks, specs, voter, doing=doing)
+    receipts = work.distill(tasks, specs, voter, doing=doing)
     about = {"kind": "distilled", "config": recorded_config(run.config)}
     result = {}
     for base in sets:
@@ -128,7 +128,7 @@ def distill(
             for j, job in enumerate(group)
         )
         where = {i: [place for index, _, place in found if index == i] for i in range(ipc)}
-        trace = [tuple(row) for title in own for row in json.loads(traces[title])]
+        trace = [tuple(row) for title in own for row in json.loads(receipts[title])["trace"]]
         result[base] = (*work.image_set(base, ipc, assemble_shard, (where,), about), trace)
     return result
 

@@ -10,10 +10,10 @@ import ray
 from helpers import in_processes
 
 from cvdd_ray.data.artifacts import Artifacts
-from cvdd_ray.errors import ArtifactError, ConfigError, DataError
+from cvdd_ray.errors import ConfigError, DataError
 from cvdd_ray.runner import cluster, dataparallel
 from cvdd_ray.runner.cluster import Share, student_share
-from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.context import Run, Silent
 from cvdd_ray.stages.evaluate import RESULTS, evaluate, run_student
 from cvdd_ray.stages.pipeline import STAGES, check
 from cvdd_ray.stages.runtime import LocalRuntime
@@ -42,9 +42,9 @@ def labelled(tmp_path_factory):
     return run.store
 
 
-def row_of(config, store, runtime):
+def row_of(config, store, runtime, progress=None):
     """The row of the only student, evaluated anew."""
-    run = Run(config, Artifacts(store, overwrite=True), runtime=runtime)
+    run = Run(config, Artifacts(store, overwrite=True), runtime=runtime, progress=progress)
     evaluate(run, 3)
     (row,) = json.loads(store.read(f"evaluate/ipc3/{RESULTS}"))["runs"]
     return row
@@ -315,7 +315,9 @@ def test_an_interrupted_student_goes_on_from_its_checkpoint(make_config, labelle
     assert not labelled.exists(checkpoint)
 
 
-def test_checkpoints_come_by_the_clock_and_damaged_ones_are_named(make_config, labelled):
+def test_checkpoints_come_by_the_clock_and_a_damaged_one_is_begun_again(make_config, labelled, monkeypatch):
+    labelled.delete_folder("evaluate")
+    whole = row_of(config_of(make_config), labelled, LocalRuntime(1))
     labelled.delete_folder("evaluate")
     with pytest.raises(KeyboardInterrupt):
         row_of(config_of(make_config, checkpoint_minutes=60), labelled, Interrupted(3))
@@ -324,5 +326,10 @@ def test_checkpoints_come_by_the_clock_and_damaged_ones_are_named(make_config, l
         row_of(config_of(make_config), labelled, Interrupted(3))
     (checkpoint,) = labelled.names("evaluate")
     labelled.write(checkpoint, labelled.read(checkpoint)[:1000])
-    with pytest.raises(ArtifactError, match=r"seed0\.checkpoint, a student's checkpoint, is damaged; remove it"):
-        row_of(config_of(make_config, checkpoint_minutes=60), labelled, LocalRuntime(1))
+    progress = Silent()
+    monkeypatch.setattr(progress, "say", (said := []).append)
+    row = row_of(config_of(make_config, checkpoint_minutes=60), labelled, LocalRuntime(1), progress)
+    (text,) = [text for text in said if "is damaged" in text]
+    assert "seed0.checkpoint, a student's checkpoint, is damaged (" in text
+    assert text.endswith("the student begins again")
+    assert row["curve"] == whole["curve"]

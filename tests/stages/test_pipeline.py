@@ -136,6 +136,51 @@ def test_interrupted_synthesis_goes_on_from_checkpoint_to_the_same_bits(finished
 original_distill = grouptask.distill_group
 
 
+def test_damaged_parts_of_unfinished_work_are_made_again(finished, tmp_path, monkeypatch):
+    """Four groups: the first is finished, but its piece is damaged; the second, but its receipt; the third has a damaged
+    checkpoint. Each is named, and the images are those of an undisturbed run."""
+    config = finished.config.model_copy(
+        update={"synthesize": finished.config.synthesize.model_copy(update={"class_chunk": 5})}
+    )
+    calm, run = Run(config, str(tmp_path / "calm")), Run(config, str(tmp_path / "run"))
+    for name in finished.store.all_names():
+        if name.startswith(("pretrain", "initialize")):
+            calm.store.take(finished.store, name, name)
+    STAGES["prior"](calm)
+    for name in calm.store.all_names():
+        run.store.take(calm.store, name, name)
+    STAGES["synthesize"](calm)
+    write, count = type(run.store).write, {"checkpoints": 0}
+
+    def interrupted(store, name, content):
+        write(store, name, content)
+        count["checkpoints"] += name.endswith(".checkpoint")
+        if count["checkpoints"] == 5:  # the first of the third group
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(run.store), "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        STAGES["synthesize"](run)
+    monkeypatch.setattr(type(run.store), "write", write)
+    names = {name.rsplit("/", 1)[1]: name for name in run.store.names("synthesize")}
+    damaged = ["distilled-group00000.arrow", "distilled-group00001", "distilled-group00002.checkpoint"]
+    assert sorted(names) == sorted([*damaged, "distilled-group00000", "distilled-group00001.arrow"])
+    for name, cut in zip(damaged, (False, True, False), strict=True):
+        data = run.store.read(names[name])
+        run.store.write(names[name], data[: len(data) // 2] if cut else data[:-9] + b"?" + data[-8:])
+    began, recorder = [], Recorder()
+    monkeypatch.setattr(
+        grouptask, "distill_group",
+        lambda _, jobs, state, *a, **k: began.append(state.iteration) or original_distill(_, jobs, state, *a, **k),
+    )  # fmt: skip
+    STAGES["synthesize"](Run(config, str(tmp_path / "run"), progress=recorder))
+    assert began == [0, 0, 0, 0]
+    said = [text for text in recorder.said if "damaged" in text]
+    assert len(said) == 3
+    assert all(any(f"group0000{k}" in text for text in said) for k in range(3))
+    assert run.artifacts.manifest("synthesize/ipc2").files == calm.artifacts.manifest("synthesize/ipc2").files
+
+
 def test_other_settings_do_not_overwrite_silently(finished, make_config):
     changed = make_config(synthesize={"iterations": 7})
     run = Run(changed, finished.store.root)

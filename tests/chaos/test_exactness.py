@@ -1,0 +1,105 @@
+"""The same seed gives the same bytes: in process and on Ray, one or several actors of an expert, spread and colocated, on one
+node and on three, left alone and disturbed. The sha256 of the files of images and labels are compared."""
+
+import json
+import os
+import subprocess
+import sys
+
+import distilling
+import pytest
+from clusters import RayCluster
+
+from cvdd_ray.runner import crews
+from cvdd_ray.stages.context import Run
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """What synthesis begins with, and the hashes of what this process makes of it."""
+    run = distilling.prepared(tmp_path_factory.mktemp("local") / "run")
+    return run, distilling.distil(run)
+
+
+@pytest.fixture(scope="module")
+def three_nodes():
+    """Three nodes with a core each."""
+    with RayCluster() as cluster:
+        for _ in range(2):
+            cluster.add()
+        yield cluster
+
+
+def test_the_reference_has_every_file(local):
+    assert sorted(local[1]) == [
+        "relabel/ipc2/distilled/labels.arrow", "synthesize/ipc2/distilled.arrow", "synthesize/ipc2/trace.json",
+    ]  # fmt: skip
+
+
+def test_an_interruption_in_process(local, tmp_path):
+    """Every checkpoint of the run is followed by an end of the process' work."""
+
+    class EndError(Exception):
+        pass
+
+    class Interrupting(type(local[0].store)):
+        def write(self, name, content):
+            super().write(name, content)
+            if name.endswith(".checkpoint"):
+                raise EndError
+
+    run = distilling.beside(local[0], tmp_path, distilling.config(engine="local"))
+    interruptions = 0
+    while True:
+        again = Run(run.config, str(tmp_path))
+        again.store = Interrupting(run.store.root)
+        try:
+            hashes = distilling.distil(again)
+            break
+        except EndError:
+            interruptions += 1
+    assert interruptions == 4 * 5  # groups, checkpoints of each
+    assert hashes == local[1]
+
+
+@pytest.mark.parametrize(
+    ("placement", "places", "disturbed"),
+    [("spread", 2, False), ("spread", 4, True), ("colocate", 2, True)],
+)
+def test_one_node(placement, places, disturbed, local, tmp_path, ray_runtime, monkeypatch):
+    """`places` for actors of experts: two make one of each, four make three of the dearer one."""
+    monkeypatch.setattr(crews, "worker_places", lambda c: places)
+    settings = distilling.config(placement=placement)
+    monkeypatch.setattr(ray_runtime, "_c", settings.runtime)
+    monkeypatch.setattr(ray_runtime, "_muster", ray_runtime._muster)  # a killer's is taken away again
+    ray_runtime.release()
+    killer = distilling.Killer(ray_runtime, seed=places)
+    monkeypatch.setattr(ray_runtime, "_on_event", killer if disturbed else lambda event, facts: None)
+    assert distilling.distil(distilling.beside(local[0], tmp_path, settings, ray_runtime)) == local[1]
+    assert len(killer.killed) == (distilling.KILLS if disturbed else 0)
+    assert sum(map(len, ray_runtime._experts.actors.values())) == (places if placement == "spread" else 0)
+    ray_runtime.release()
+
+
+@pytest.mark.parametrize(("placement", "disturbed"), [("spread", False), ("colocate", True)])
+def test_three_nodes(placement, disturbed, local, tmp_path, three_nodes):
+    """Disturbed: actors are killed, one node is lost and another one joins."""
+    words = [three_nodes.address, placement, "3" if disturbed else "", local[0].store.root, str(tmp_path)]
+    env = {
+        **three_nodes.env,
+        "PYTHONPATH": three_nodes.env["PYTHONPATH"] + os.pathsep + os.path.dirname(__file__),
+        "CLUSTER_TOKEN": three_nodes.env["RAY_AUTH_TOKEN"],
+    }
+    command = [sys.executable, distilling.__file__, *words]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    said, checkpoints = {}, 0
+    for line in driver.stdout:
+        kind, _, text = line.strip().partition(" ")
+        said[kind] = text
+        checkpoints += kind == "checkpoint"
+        if disturbed and kind == "checkpoint" and checkpoints == 2:
+            three_nodes.lose()
+            three_nodes.add()
+    assert driver.wait(60) == 0
+    assert json.loads(said["hashes"]) == local[1]
+    assert int(said["killed"]) == (distilling.KILLS if disturbed else 0)
