@@ -1,6 +1,6 @@
 """The one description of a run: frozen, typed, every default in one place (sources: spec sections 1-8)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -21,9 +21,13 @@ from cvdd_ray.labelconfig import RelabelConfig
 
 MAX_SIDE = 2048  # pixels; networks are made for at most 224 or so
 Width = Annotated[Number, Field(gt=0, le=16)]  # of the published channels; more would not fit anywhere
+CropSchedule = Literal["constant", "cosine", "linear", "step"]
+Color = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class DataConfig(Section):
+    LATER: ClassVar[tuple[str, ...]] = ("mean", "std")
+
     source: Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "parquet", "webdataset"] = (
         "digits"
     )
@@ -36,6 +40,10 @@ class DataConfig(Section):
     """Row of the dataset table (mean, std, size, roll) for `folder`, `parquet` and `webdataset`; None: ImageNet statistics."""
     image_size: Annotated[Whole, Field(ge=1, le=MAX_SIDE)] | None = None
     """Side of the square input in pixels; None: the dataset table's."""
+    mean: Color | None = None
+    """Mean of R, G, B for pixels in 0..1, for normalisation; None: the dataset table's."""
+    std: Color | None = None
+    """Standard deviation of R, G, B; None: the dataset table's."""
     classes: Names | None = None
     """Expected class names in label order; None: taken from the source. A different list or order is an error."""
     holdout: Annotated[Number, Field(gt=0, lt=1)] = 0.1
@@ -70,6 +78,8 @@ class CommitteeConfig(Section):
 
 
 class PretrainConfig(Section):
+    LATER: ClassVar[tuple[str, ...]] = ("warmup_epochs",)
+
     epochs: Positive = 200
     """Passes over the train split (without hold-out)."""
     batch_size: Positive = 512
@@ -82,6 +92,8 @@ class PretrainConfig(Section):
     """Coupled L2 coefficient."""
     cosine_epochs: Positive | None = None
     """T_max of the cosine schedule in epochs; None: `epochs` (the published ImageNette script uses 100 of 300)."""
+    warmup_epochs: Count = 0
+    """Epochs of linear climb before the cosine, which then has so many fewer."""
     crop: Literal["pad", "random_resized"] = "pad"
     """Train augmentation: random crop after zero-padding by `pad` pixels, or random resized crop."""
     pad: Count = 4
@@ -89,8 +101,18 @@ class PretrainConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass: full, or bfloat16 autocast with float32 weights (about twice as fast)."""
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.warmup_epochs >= (self.cosine_epochs or self.epochs):
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} must be fewer than the {self.cosine_epochs or self.epochs} epochs"
+            )
+        return self
+
 
 class PriorConfig(Section):
+    LATER: ClassVar[tuple[str, ...]] = ("lr", "eta")
+
     method: Literal["distill", "given"] = "distill"
     """`distill`: hold-out accuracy of a student trained on data distilled from one expert alone (the definition,
     paper section 3.3); `given`: the numbers in `values`."""
@@ -102,6 +124,10 @@ class PriorConfig(Section):
     """Synthesis iterations for the prior; None: `synthesize.iterations`."""
     epochs: Positive | None = None
     """Post-evaluation epochs for the prior; None: `evaluate.epochs`."""
+    lr: PositiveFloat | None = None
+    """AdamW learning rate of the student that measures it; None: `evaluate.lr`."""
+    eta: PositiveFloat | None = None
+    """Stretch of its schedule; None: `evaluate.eta`."""
     student: str = "resnet18"
     """Student that measures the prior."""
     seeds: Positive = 1
@@ -111,6 +137,8 @@ class PriorConfig(Section):
     def _check(self):
         if self.method == "distill" and self.values:
             raise ValueError("values are only used with method 'given'; set prior.method=given or drop them")
+        if self.method == "given" and (self.lr or self.eta):
+            raise ValueError("lr and eta have no effect with method 'given', which trains no student; leave them out")
         return self
 
 
@@ -140,6 +168,8 @@ class VotingConfig(Section):
 
 
 class InitializeConfig(Section):
+    LATER: ClassVar[tuple[str, ...]] = ("pool",)
+
     method: Literal["patches", "real", "noise"] = "patches"
     """Starting images: RDED patches of real images, whole real images, or N(0,1) in normalised space."""
     difficulty: Literal["easy", "medium", "hard"] = "medium"
@@ -152,11 +182,22 @@ class InitializeConfig(Section):
     """Real images scored per class."""
     observer: str | None = None
     """Expert that scores the patches; None: the first of the committee."""
+    pool: Positive | None = None
+    """Choose patches as for so many images per class, of which a smaller IPC takes the first: sets of different IPC are then
+    nested (decision 27). None: as for the IPC itself."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.pool and self.method != "patches":
+            raise ValueError(f"pool has no effect with method {self.method!r}; leave it out")
+        return self
 
 
 class SynthesizeConfig(Section):
-    iterations: Positive = 4000
-    """Adam steps per image."""
+    LATER: ClassVar[tuple[str, ...]] = ("crop_schedule", "crop_milestone", "roll_both_ways")
+
+    iterations: Count = 4000
+    """Adam steps per image; 0: the starting images are the result (RDED)."""
     lr: PositiveFloat = 0.25
     """Initial learning rate on the pixels (normalised space), cosine to 0."""
     betas: tuple[Beta, Beta] = (0.5, 0.9)
@@ -169,8 +210,15 @@ class SynthesizeConfig(Section):
     """Random resized crop and flip of every view; the roll is always on."""
     crop_scale: AreaRange = (0.08, 1.0)
     """Area range of the random resized crop."""
+    crop_schedule: CropSchedule = "constant"
+    """Course of the smallest area (CDA): from the largest one down to it, as a `cosine` or a `linear` line, or at the largest
+    and then at once (`step`); `constant` is always the smallest."""
+    crop_milestone: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Share of the iterations in which it gets there."""
     roll: Count | None = None
     """Largest circular shift in pixels, drawn from 0..roll; None: the dataset table's (4, at 224 px 32)."""
+    roll_both_ways: bool = False
+    """Draw shifts from -roll..roll instead (SRe2L on Tiny-ImageNet)."""
     class_chunk: Positive | None = None
     """Classes optimised together, one image each; None: the dataset table's."""
     jobs_per_group: Positive = 5
@@ -179,6 +227,14 @@ class SynthesizeConfig(Section):
     """Iterations between checkpoints of an unfinished group."""
     image_format: Literal["png", "jpeg75_trunc"] = "png"
     """Lossless PNG, or the published code's truncation and JPEG quality 75 (parity flag)."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.crop_schedule == "constant" and self.crop_milestone != 1:
+            raise ValueError("crop_milestone has no effect with crop_schedule 'constant'; leave it out")
+        if self.crop_schedule != "constant" and not self.augment:
+            raise ValueError(f"crop_schedule {self.crop_schedule!r} has no effect without augment; leave it out")
+        return self
 
 
 class Phase(Section):

@@ -202,6 +202,57 @@ def test_both_tables_of_priors_are_shipped_and_the_default_measures():
         for at in (1, 10, 50):
             prior = load_config(f"{dataset}-ipc{at}-r101").prior
             assert (prior.method, prior.values, prior.ipc, prior.student) == ("distill", {}, ipc, "resnet18")
+            row = STUDENTS[dataset]["r18"][
+                ipc
+            ]  # as ResNet-18 is trained at that IPC, whatever the recipe's own student
+            assert (prior.lr, prior.eta, prior.epochs) == (*row[:2], 300)
+
+
+# Spec 9.1-9.3: what other methods do; the rest is the dataset's
+METHODS = {
+    "imagenet1k-ipc10-r18-sre2l": {
+        "initialize.method": "noise", "synthesize.lr": 0.25, "synthesize.iterations": 4000, "synthesize.bn_weight": 0.01,
+        "relabel.batchnorm": "eval", "relabel.batch_size": 1024, "relabel.bn_group": 512, "evaluate.eta": 1,
+    },
+    "cifar100-ipc50-r18-sre2l": {
+        "data.std": (0.2023, 0.1994, 0.2010), "pretrain.lr": 0.1, "pretrain.weight_decay": 5e-4, "pretrain.batch_size": 128,
+        "synthesize.augment": False, "synthesize.iterations": 1000, "synthesize.lr": 0.25, "relabel.batchnorm": "batch",
+        "relabel.online": True, "relabel.batch_size": 128, "relabel.epochs": 400, "evaluate.temperature": 30,
+    },
+    "tinyimagenet-ipc50-r18-sre2l": {
+        "data.mean": (0.4802, 0.4481, 0.3975), "pretrain.lr": 0.2, "pretrain.warmup_epochs": 5, "pretrain.batch_size": 256,
+        "synthesize.lr": 0.1, "synthesize.bn_weight": 1, "synthesize.roll_both_ways": True, "relabel.epochs": 100,
+        "relabel.cutmix": False, "relabel.batch_size": 256, "relabel.batchnorm": "eval",
+    },
+    "imagenet1k-ipc10-r18-cda": {
+        "initialize.method": "noise", "synthesize.crop_schedule": "cosine", "synthesize.crop_milestone": 1,
+        "synthesize.lr": 0.25, "synthesize.bn_weight": 0.01, "relabel.batchnorm": "eval",
+    },
+    "tinyimagenet-ipc50-r18-cda": {
+        "synthesize.lr": 0.4, "synthesize.bn_weight": 0.05, "synthesize.roll_both_ways": False,
+        "synthesize.crop_schedule": "cosine",
+    },
+    "imagenet1k-ipc50-r50-rded": {
+        "initialize.method": "patches", "initialize.difficulty": "easy", "initialize.pool": None, "synthesize.iterations": 0,
+        "relabel.batch_size": 200, "relabel.bn_group": 200, "relabel.crop_scale": (0.5, 1), "relabel.batchnorm": "eval",
+        "relabel.online": True, "evaluate.eta": 2, "evaluate.lr": 0.001,
+    },
+    "cifar10-ipc10-r18-rded": {
+        "data.mean": (0.485, 0.456, 0.406), "relabel.batch_size": 50, "relabel.crop_scale": (1, 1), "evaluate.eta": 2,
+    },
+    "tinyimagenet-ipc1-r18-rded": {"relabel.batch_size": 100},
+    "imagenette-ipc1-r18-rded": {"relabel.batch_size": 10, "evaluate.lr": 0.001},
+    "cifar100-ipc1-r18-rded": {"relabel.batch_size": 20},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_have_the_numbers_of_their_own_code(name):
+    c = load_config(name)
+    for setting, value in METHODS[name].items():
+        section, key = setting.split(".")
+        assert getattr(getattr(c, section), key) == value, setting
+    assert (c.voting.size, c.committee.experts, c.evaluate.weight_decay) == (1, ("resnet18",), 0.01)
 
 
 # ------------------------------------------------------------------------------------------------- recipes of old

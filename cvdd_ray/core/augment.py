@@ -32,8 +32,14 @@ def draw_boxes(
     num: int, height: int, width: int, generator: torch.Generator, scale=(0.08, 1.0), ratio=CROP_RATIO
 ) -> Tensor:
     """Return boxes_N4 (int64: top, left, height, width) distributed as a random resized crop: ten tries of a uniform
-    area share and a log-uniform aspect ratio, then the largest centred box of allowed ratio.  Source: spec 5.3."""
-    area_NT = torch.empty(num, 10, dtype=torch.float64).uniform_(*scale, generator=generator) * (height * width)
+    area share and a log-uniform aspect ratio, then the largest centred box of allowed ratio. `scale` is the range of the
+    area share; its low end may be one number per box.  Source: spec 5.3."""
+    low, high = scale
+    if isinstance(low, Tensor):
+        share_NT = torch.rand(num, 10, dtype=torch.float64, generator=generator)
+        area_NT = (low[:, None] + (high - low[:, None]) * share_NT) * (height * width)
+    else:
+        area_NT = torch.empty(num, 10, dtype=torch.float64).uniform_(low, high, generator=generator) * (height * width)
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     ratio_NT = torch.empty(num, 10, dtype=torch.float64).uniform_(*log_ratio, generator=generator).exp()
     place_N2 = torch.rand(num, 2, dtype=torch.float64, generator=generator)
@@ -54,15 +60,17 @@ def draw_boxes(
 
 
 def draw_views(
-    num: int, size: int, generator: torch.Generator, *, crop: bool, flip: bool, roll: int, scale=(0.08, 1.0)
-) -> Views:
-    """Draw `num` views of size x size images. The roll is uniform over {0..roll} squared, never negative (spec 5.3)."""
+    num: int, size: int, generator: torch.Generator, *, crop: bool, flip: bool, roll: int, scale=(0.08, 1.0),
+    roll_both_ways: bool = False,
+) -> Views:  # fmt: skip
+    """Draw `num` views of size x size images; `scale` as in `draw_boxes`. The roll is uniform over {0..roll} squared, never
+    negative (spec 5.3), or over {-roll..roll} squared (spec 9.1)."""
     if crop:
         boxes_N4 = draw_boxes(num, size, size, generator, scale)
     else:
         boxes_N4 = torch.tensor([0, 0, size, size]).repeat(num, 1)
     flips_N = torch.rand(num, generator=generator) < 0.5 if flip else torch.zeros(num, dtype=torch.bool)
-    rolls_N2 = torch.randint(roll + 1, (num, 2), generator=generator)
+    rolls_N2 = torch.randint(-roll if roll_both_ways else 0, roll + 1, (num, 2), generator=generator)
     return Views(boxes_N4, flips_N, rolls_N2)
 
 

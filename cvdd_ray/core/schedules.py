@@ -20,6 +20,16 @@ def linear_lr(lr: float, epoch: float, epochs: float, eta: float) -> float:
     return lr * (1.0 - epoch / (epochs * eta))
 
 
+def smallest_area(kind: str, low: float, high: float, iteration: int, iterations: int, milestone: float) -> float:
+    """Return the smallest area share of a random crop in one iteration (CDA, spec 9.2): from `high` down to `low` at
+    `milestone * iterations`, `low` from there on; kind cosine, linear, step (high until then) or constant (low)."""
+    progress = iteration / (milestone * iterations)
+    if kind == "constant" or progress >= 1:
+        return low
+    share = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "step": 1.0}[kind]
+    return share * high + (1.0 - share) * low
+
+
 def constant_lr(lr: float, epoch: float, epochs: float, eta: float) -> float:
     """Return `lr`, whatever the epoch."""
     return lr

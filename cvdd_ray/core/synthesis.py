@@ -17,7 +17,7 @@ from torch import Tensor
 from cvdd_ray.core.augment import Views, apply_views, draw_views
 from cvdd_ray.core.committee import Ballot, Committee
 from cvdd_ray.core.keys import generator
-from cvdd_ray.core.schedules import recover_lr
+from cvdd_ray.core.schedules import recover_lr, smallest_area
 from cvdd_ray.errors import NumericsError
 
 VIEW_BLOCK = 64  # views are drawn this many iterations at a time; part of what the bits depend on
@@ -49,6 +49,18 @@ class SynthesisSettings:
     low_C: tuple[float, ...]
     high_C: tuple[float, ...]
     checkpoint_every: int = 500
+    crop_schedule: str = "constant"
+    crop_milestone: float = 1.0
+    roll_both_ways: bool = False
+
+    def scale(self, block: int) -> tuple[float | tuple[float, ...], float]:
+        """Return the area range of the crops of one block of views; its low end per view where it changes."""
+        low, high = self.crop_scale
+        if self.crop_schedule == "constant":
+            return low, high
+        at = range(block * VIEW_BLOCK, (block + 1) * VIEW_BLOCK)
+        course = (self.crop_schedule, low, high)
+        return tuple(smallest_area(*course, t, self.iterations, self.crop_milestone) for t in at), high
 
 
 @dataclass
@@ -69,10 +81,21 @@ class SynthesisState:
 
 @lru_cache(maxsize=256)
 def _view_block(
-    seed: int, image_index: int, chunk: int, block: int, size: int, augment: bool, flip: bool, roll: int, scale: tuple
-) -> Views:
+    seed: int, image_index: int, chunk: int, block: int, size: int, augment: bool, flip: bool, roll: int,
+    roll_both_ways: bool, low: float | tuple[float, ...], high: float,
+) -> Views:  # fmt: skip
     place = generator(seed, "synthesis-view", image_index, chunk, block)
-    return draw_views(VIEW_BLOCK, size, place, crop=augment, flip=flip and augment, roll=roll, scale=scale)
+    scale = (torch.tensor(low, dtype=torch.float64) if isinstance(low, tuple) else low, high)
+    return draw_views(
+        VIEW_BLOCK,
+        size,
+        place,
+        crop=augment,
+        flip=flip and augment,
+        roll=roll,
+        scale=scale,
+        roll_both_ways=roll_both_ways,
+    )
 
 
 def job_views(jobs: tuple[Job, ...], settings: SynthesisSettings, size: int, iteration: int) -> Views:
@@ -81,9 +104,11 @@ def job_views(jobs: tuple[Job, ...], settings: SynthesisSettings, size: int, ite
     One crop, flip and roll serves all images of a job and all of its voters.  Source: spec 5.3, gotcha 10.
     """
     block, row = divmod(iteration, VIEW_BLOCK)
-    s = settings
+    s, scale = settings, settings.scale(block)
     blocks = [
-        _view_block(s.seed, job.image_index, job.chunk, block, size, s.augment, s.flip, s.roll, s.crop_scale)
+        _view_block(
+            s.seed, job.image_index, job.chunk, block, size, s.augment, s.flip, s.roll, s.roll_both_ways, *scale
+        )
         for job in jobs
     ]
     return Views(
@@ -164,8 +189,10 @@ def distill_group(
 
 
 def final_losses(state: SynthesisState, jobs: tuple[Job, ...]) -> tuple[list[float], list[float]]:
-    """Return each job's weighted cross-entropy and weighted BN term of the last iteration."""
+    """Return each job's weighted cross-entropy and weighted BN term of the last iteration; not a number without one."""
     cross_entropy, bn_term = [math.nan] * len(jobs), [math.nan] * len(jobs)
+    if not state.iteration:
+        return cross_entropy, bn_term
     last = {(j, name): (ce, bn) for t, j, name, ce, bn in state.trace if t == state.iteration - 1}
     for j, job in enumerate(jobs):
         terms = [last[j, name] for name in job.voters]

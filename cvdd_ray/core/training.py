@@ -52,6 +52,16 @@ class PretrainSettings:
     weight_decay: float
     cosine_epochs: int
     precision: str = "float32"
+    warmup_epochs: int = 0
+
+
+def _schedule(optimizer: torch.optim.Optimizer, s: PretrainSettings) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the course of the learning rate: lr/(w+1) ... lr w/(w+1) in the w epochs of the climb, then a cosine."""
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=s.cosine_epochs - s.warmup_epochs)
+    if not s.warmup_epochs:
+        return cosine
+    climb = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (s.warmup_epochs + 1), 1.0, s.warmup_epochs)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [climb, cosine], [s.warmup_epochs])
 
 
 def pretrain_expert(
@@ -70,7 +80,7 @@ def pretrain_expert(
         optimizer = torch.optim.Adam(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=s.cosine_epochs)
+    scheduler = _schedule(optimizer, s)
     model.train().to(memory_format=torch.channels_last)
     for epoch in range(s.epochs):
         loss_sum, correct, seen = 0.0, 0, 0

@@ -82,7 +82,8 @@ def dataset_info(data: DataConfig) -> DatasetInfo:
 
     `folder`, `parquet` and `webdataset` take the row `data.dataset`; without one they get ImageNet statistics, `num_classes` 0
     (the source is asked later) and `image_size` from the config. `data.image_size` overrides a row's; when that
-    moves a row across 64 px, its roll becomes the usual one of that side (4 up to 64 px, 32 above).
+    moves a row across 64 px, its roll becomes the usual one of that side (4 up to 64 px, 32 above). So do `data.mean` and
+    `data.std`.
 
     Raises ConfigError: unknown dataset, a dataset that contradicts the source, or no image size.
     Source: spec section 1.
@@ -103,8 +104,10 @@ def dataset_info(data: DataConfig) -> DatasetInfo:
                 f"data.source {data.source!r} has no image size; set data.image_size, or data.dataset to one of "
                 f"{', '.join(DATASETS)}"
             )
-        return _imagenet_like(data.source, 0, data.image_size, _usual_roll(data.image_size), 100)
-    row = DATASETS[name]
+        row = _imagenet_like(data.source, 0, data.image_size, _usual_roll(data.image_size), 100)
+    else:
+        row = DATASETS[name]
+    row = replace(row, mean=data.mean or row.mean, std=data.std or row.std)
     size = data.image_size or row.image_size
     crossed = (size <= SMALL_SIDE) != (row.image_size <= SMALL_SIDE)
     return replace(row, image_size=size, roll=_usual_roll(size) if crossed else row.roll)

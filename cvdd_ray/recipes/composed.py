@@ -2,8 +2,9 @@
 
 A name such as `cifar100-ipc10-r50-sre2l++-paper` stands for rules that are applied in order, later ones winning: those of all
 recipes (parts/common.yaml), of the dataset (parts/DATASET.yaml), of the variant (parts/variants.yaml), of the method
-(parts/methods.yaml). A rule has `set`, changed settings, and perhaps `when`, the values of parts of the name for which it
-holds; `set` with null gives a section or a setting its default again.
+(parts/methods.yaml); a dataset or a method that is `like` another one has its rules first. A rule has `set`, changed settings,
+and perhaps `when`, the values of parts of the name for which it holds; `set` with null gives a section or a setting its
+default again.
 """
 
 import difflib
@@ -124,11 +125,16 @@ def vocabulary() -> dict[str, dict[str, str]]:
 
 
 def _rules(name: RecipeName) -> list[dict[str, Any]]:
-    dataset = part(name.dataset)
-    like = part(dataset["like"])["rules"] if "like" in dataset else []
+    datasets = {dataset: part(dataset) for dataset in DATASETS}
     variant = part("variants")[name.variant]["rules"] if name.variant else []
-    method = part("methods")[name.method]["rules"] if name.method else []
-    return [*part("common")["rules"], *like, *dataset["rules"], *variant, *method]
+    method = _with_like(part("methods"), name.method) if name.method else []
+    return [*part("common")["rules"], *_with_like(datasets, name.dataset), *variant, *method]
+
+
+def _with_like(entries: Mapping[str, Any], word: str) -> list[dict[str, Any]]:
+    """Return the rules of an entry, after those of the one it is `like`."""
+    like = entries[word].get("like")
+    return [*(_with_like(entries, like) if like else []), *entries[word]["rules"]]
 
 
 def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

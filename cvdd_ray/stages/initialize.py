@@ -132,7 +132,11 @@ def class_items(run: Run, ipc: int) -> list[ClassImages]:
     Raises ConfigError when a class has too few real images.
     """
     labels_N, seed, c = np.asarray(run.real.train.labels), run.config.seed, run.config.initialize
-    wanted = ipc * tiles_per_side(run) ** 2 if c.method == "patches" else ipc
+    if c.pool and c.pool < ipc:
+        raise ConfigError(
+            f"initialize.pool: got {c.pool}, fewer than IPC {ipc}; use at least the largest IPC, or leave it out"
+        )
+    wanted = (c.pool or ipc) * tiles_per_side(run) ** 2 if c.method == "patches" else ipc
     by_label = np.argsort(labels_N, kind="stable")
     ends = np.cumsum(np.bincount(labels_N, minlength=len(run.classes)))
     items = []
@@ -140,8 +144,8 @@ def class_items(run: Run, ipc: int) -> list[ClassImages]:
         limit = min(len(members), c.images_per_class) if c.method == "patches" else len(members)
         if limit < wanted or len(members) < ipc:
             raise ConfigError(
-                f"ipc: {ipc} images of class {name!r} need {wanted} real images, there are {limit} (train split, at most "
-                f"initialize.images_per_class={c.images_per_class}); lower ipc or initialize.factor, or give more images"
+                f"ipc: {c.pool or ipc} images of class {name!r} need {wanted} real images, there are {limit} (train split, at "
+                f"most initialize.images_per_class={c.images_per_class}); lower ipc or initialize.factor, or give more images"
             )
         scored = members[torch.randperm(len(members), generator=generator(seed, "patch-source", label)).numpy()]
         random = members[torch.randperm(len(members), generator=generator(seed, "random-real", label)).numpy()]
@@ -223,12 +227,13 @@ def chosen_cuts(classes: Iterable[ClassImages], losses: dict[int, np.ndarray] | 
     """Return what the sets are made of, in storage order: of the best crops of every class, sorted by loss, a rank window,
     dealt to the cells of its images; and the whole random images."""
     c, wanted = patching.c, []
-    mosaics = mosaic_ranks(patching.ipc, patching.factor)
+    pool = c.pool or patching.ipc
+    mosaics = mosaic_ranks(pool, patching.factor)[: patching.ipc]
     for one in classes:
         if c.method == "patches":
             rows = losses[one.label]
             ranks = np.argsort(rows[:, 0], kind="stable")
-            ranks = ranks[list(rank_window(len(ranks), patching.ipc * patching.factor**2, c.difficulty))]
+            ranks = ranks[list(rank_window(len(ranks), pool * patching.factor**2, c.difficulty))]
             wanted += [
                 Cut(int(one.scored[ranks[rank]]), START, i, one.label, cell, int(rows[ranks[rank], 1]))
                 for i, cells in enumerate(mosaics)

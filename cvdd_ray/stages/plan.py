@@ -339,7 +339,7 @@ def _notes(run: Run, counted: Sequence[StageCount], stages: Sequence[StagePlan],
         for stage in stages:
             if stage.wire_bytes_per_iteration and gpus > stage.useful_gpus:
                 yield f"{stage.stage}: placement 'spread' has questions for {stage.useful_gpus} GPUs at most"
-    else:
+    elif config.synthesize.iterations:
         for stage in counted:
             if stage.groups and stage.stage.startswith("synthesize") and (note := _coarse(run, stage, machines)):
                 yield note

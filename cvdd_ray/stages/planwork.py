@@ -158,7 +158,7 @@ def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, itera
     num_images = sum(len(job.labels) for jobs in cut for job in jobs)
     pixels, asked = group_bytes(cut, info.image_size)
     state, saved = 8 * pixels, 3 * pixels  # images, moments, gradients, what the step makes; the first three
-    checkpoints = (iterations - 1) // c.synthesize.checkpoint_every
+    checkpoints = max(iterations - 1, 0) // c.synthesize.checkpoint_every
     shards = [len(shard_tasks("x", base, ipc, info.index_bytes)) for base in sets]
     written = image_bytes(num_images, info.image_bytes, PNG_OF_DISTILLED)
     voices = sum(len(job.voters) for jobs in cut for job in jobs)

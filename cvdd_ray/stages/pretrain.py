@@ -165,7 +165,9 @@ def load_experts(run: Run) -> tuple[dict[str, ExpertSpec], dict[str, str]]:
 
 def pretrain_settings(c: PretrainConfig) -> PretrainSettings:
     """Return the numbers of a training on real images."""
-    return PretrainSettings(c.epochs, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision)
+    return PretrainSettings(
+        c.epochs, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision, c.warmup_epochs
+    )
 
 
 def train_one(

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 from cvdd_ray.core.experts import ExpertSpec
 from cvdd_ray.data.datasets import DatasetInfo
@@ -44,16 +45,18 @@ def measure_priors(run: Run) -> None:
     iterations = c.prior.iterations or c.synthesize.iterations
     epochs = c.prior.epochs or c.student_epochs
     views = ViewSettings(c.seed, c.data.flip, run.info.image_size, c.relabel)
-    student = student_settings(run, epochs, c.prior.ipc * len(run.classes))
+    given = {name: getattr(c.prior, name) for name in ("lr", "eta") if getattr(c.prior, name) is not None}
+    student = replace(student_settings(run, epochs, c.prior.ipc * len(run.classes)), **given)
     settings = {
-        "prior": {**c.prior.counted(), "iterations": iterations, "epochs": epochs},
+        "prior": {**c.prior.counted(exclude={"lr", "eta"}), "iterations": iterations, "epochs": epochs},
         "synthesize": {**resolved_synthesis(run), "iterations": iterations},
         "relabel": c.relabel.model_dump(
             include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}
         ),
         "evaluate": c.evaluate.model_dump(
             include={"lr", "weight_decay", "eta", "temperature", "schedule", "warmup_epochs", "phases"}
-        ),
+        )
+        | given,
         "width": run.width,
         "data.flip": c.data.flip,
     }

@@ -88,7 +88,8 @@ def synthesis_settings(run: Run, iterations: int) -> SynthesisSettings:
     return SynthesisSettings(
         seed=run.config.seed, iterations=iterations, lr=s.lr, betas=s.betas, augment=s.augment, flip=run.config.data.flip,
         crop_scale=s.crop_scale, roll=info.roll if s.roll is None else s.roll, low_C=tuple(low.tolist()),
-        high_C=tuple(high.tolist()), checkpoint_every=s.checkpoint_every,
+        high_C=tuple(high.tolist()), checkpoint_every=s.checkpoint_every, crop_schedule=s.crop_schedule,
+        crop_milestone=s.crop_milestone, roll_both_ways=s.roll_both_ways,
     )  # fmt: skip
 
 

@@ -137,6 +137,26 @@ def test_rolls_are_uniform_and_never_negative(roll):
     assert all(abs(count - expected) <= 5 * math.sqrt(expected) for count in counts.values())
 
 
+def test_rolls_go_both_ways_where_that_is_asked_for():
+    rolls_N2 = draw_views(8000, 8, draw(), crop=False, flip=False, roll=2, roll_both_ways=True).rolls_N2
+    counts = Counter(map(tuple, rolls_N2.tolist()))
+    assert set(counts) == {(a, b) for a in range(-2, 3) for b in range(-2, 3)}
+    assert all(abs(count - 320) <= 5 * math.sqrt(320) for count in counts.values())
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    back = Views(torch.tensor([[0, 0, 8, 8]]), torch.tensor([False]), torch.tensor([[-1, -2]]))
+    assert torch.equal(apply_views(image, back, 8), image.roll((-1, -2), (2, 3)))
+
+
+def test_every_box_may_have_a_smallest_area_of_its_own():
+    lows = torch.tensor([0.08, 0.5, 1.0], dtype=torch.float64).repeat_interleave(2000)
+    boxes_N4 = draw_boxes(6000, 40, 40, draw(), (lows, 1.0))
+    shares = (boxes_N4[:, 2] * boxes_N4[:, 3] / 1600).view(3, 2000)
+    assert 0.06 < shares[0].min() < 0.12
+    assert 0.47 < shares[1].min() < 0.54
+    assert (shares[2] > 0.95).all()
+    assert (boxes_N4[:, 0] + boxes_N4[:, 2] <= 40).all()
+
+
 def test_flips_are_fair_or_off_and_boxes_whole_without_crop():
     flips_N = draw_views(4000, 8, draw(), crop=False, flip=True, roll=0).flips_N
     assert abs(int(flips_N.sum()) - 2000) < 160

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cvdd_ray.core.keys import generator, key
-from cvdd_ray.core.schedules import recover_lr, smoothed_cosine_lr, student_lr
+from cvdd_ray.core.schedules import recover_lr, smallest_area, smoothed_cosine_lr, student_lr
 
 
 def test_a_key_depends_on_every_part_and_its_type():
@@ -82,3 +82,13 @@ def test_warmup_climbs_in_equal_steps_and_the_schedule_has_the_rest():
     rates = [student_lr("linear", 1.0, e, 14, eta=1.0, warmup_epochs=4) for e in range(14)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:] == pytest.approx([1 - k / 10 for k in range(10)])
+
+
+def test_smallest_crops_shrink_as_cda_does():
+    """Spec 9.2 and check 5: five values of 4,000 iterations; the other courses and a milestone by hand."""
+    at = (0, 1000, 2000, 3000, 3999)
+    found = [smallest_area("cosine", 0.08, 1.0, t, 4000, 1.0) for t in at]
+    assert found == pytest.approx([1, 0.86527, 0.54, 0.21473, 0.08], abs=1e-5)
+    assert [smallest_area("linear", 0.08, 1.0, t, 4000, 0.5) for t in at] == pytest.approx([1, 0.54, 0.08, 0.08, 0.08])
+    assert [smallest_area("step", 0.2, 0.9, t, 4000, 0.5) for t in at] == [0.9, 0.9, 0.2, 0.2, 0.2]
+    assert {smallest_area("constant", 0.2, 0.9, t, 4000, 1.0) for t in at} == {0.2}

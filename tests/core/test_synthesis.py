@@ -367,3 +367,25 @@ def test_a_weight_that_is_not_finite_never_reaches_the_pixels():
     with pytest.raises(NumericsError):
         distill_group(TowardsZero(), jobs, start(), SETTINGS, on_progress=lambda state: done.append(state.iteration))
     assert not done
+
+
+def test_crops_begin_large_and_end_as_always():
+    """CDA's course reaches the views of every block; a block that is drawn alone is drawn the same."""
+    settings = replace(SETTINGS, iterations=4 * VIEW_BLOCK, crop_schedule="cosine", flip=False, roll=0)
+    areas = []
+    for t in range(settings.iterations):
+        boxes_J4 = job_views(JOBS, settings, 40, t).boxes_N4
+        areas.append(min(float(h * w) / 1600 for _, _, h, w in boxes_J4.tolist()))
+        low = settings.scale(t // VIEW_BLOCK)[0][t % VIEW_BLOCK]
+        assert areas[-1] > low - 0.04
+    assert min(areas[:20]) > 0.9
+    assert min(areas[-VIEW_BLOCK:]) < 0.2
+    assert settings.scale(0)[0][0] == 1.0
+    assert replace(settings, crop_schedule="constant").scale(3) == (0.08, 1.0)
+
+
+def test_no_iterations_leave_the_starting_images():
+    begun = start()
+    final = distill_group(committee_of(nets()), JOBS, begun, replace(SETTINGS, iterations=0))
+    assert_same_bits(final, begun)
+    assert all(math.isnan(value) for values in final_losses(final, JOBS) for value in values)

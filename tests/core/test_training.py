@@ -64,6 +64,15 @@ def test_pretraining_is_the_naive_loop(optimizer_name):
     assert not ours.training
 
 
+def test_the_climb_comes_before_the_cosine(monkeypatch):
+    """Rates of 7 epochs, 2 of them climb: 1/3, 2/3, then a cosine over 5 (formula of spec 5.4)."""
+    rates, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    numbers = PretrainSettings(7, "sgd", lr=0.3, weight_decay=0.0, cosine_epochs=7, warmup_epochs=2)
+    pretrain_expert(tiny_net(1), lambda epoch: [(normal(0, 4, 3, SIZE, SIZE), torch.arange(4))], numbers)
+    assert rates == pytest.approx([0.1, 0.2, *(0.15 * (1 + math.cos(math.pi * k / 5)) for k in range(5))])
+
+
 def test_pretraining_updates_running_statistics_and_ends_in_eval_mode():
     net = tiny_net(1)
     before = net[1].running_mean.clone()

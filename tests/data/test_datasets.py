@@ -1,5 +1,7 @@
 """The dataset table against the figures of the spec, and the way to the network's input against hand arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -118,3 +120,16 @@ def test_pixel_bounds_are_black_and_white():
     low, high = pixel_bounds(info)
     assert low.tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
     assert high.tolist() == pytest.approx([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225])
+
+
+def test_given_colours_take_the_tables_place():
+    """SRe2L normalises CIFAR in its own way; the rest of the row stays."""
+    given = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+    row = dataset_info(DataConfig(source="cifar100", path="x", **given))
+    assert (row.mean, row.std) == (given["mean"], given["std"])
+    assert replace(row, mean=DATASETS["cifar100"].mean, std=DATASETS["cifar100"].std) == DATASETS["cifar100"]
+    assert dataset_info(DataConfig(source="folder", path="x", image_size=224, mean=(0.1, 0.2, 0.3))).mean == (
+        0.1,
+        0.2,
+        0.3,
+    )
