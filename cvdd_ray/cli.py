@@ -48,12 +48,24 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 
 @app.command("run")
 def run_command(
-    recipe: RecipeArgument, set_: SetOption = None, out: OutOption = None, address: AddressOption = None,
-    overwrite: OverwriteOption = False, reuse: ReuseOption = None,
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE_OR_YAML...", help="Packaged recipes or YAML files; several go to DIR/NAME.")
+    ],
+    set_: SetOption = None, out: OutOption = None, address: AddressOption = None, overwrite: OverwriteOption = False,
+    reuse: ReuseOption = None,
 ) -> None:  # fmt: skip
-    """All stages; run again after an interruption, it continues where it stopped."""
-    folder = _with_run("run", recipe, set_, out, address, overwrite, reuse or ())
-    show(folder)
+    """All stages; run again after an interruption, it continues where it stopped. Several recipes, such as the rows of a
+    table, run one after another, and each takes over the fitting stages of those before it."""
+    names = [Path(recipe).stem for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"recipes of one name go to one directory: {', '.join(names)}; give each once")
+    folders = [out] if len(recipes) == 1 else [f"{out or 'runs'}/{name}" for name in names]
+    for recipe in recipes if len(recipes) > 1 else ():
+        load_config(recipe, _changes(set_, address))
+    sources = list(reuse or ())
+    for recipe, folder in zip(recipes, folders, strict=True):
+        sources.append(_with_run("run", recipe, set_, folder, address, overwrite, sources))
+        show(sources[-1])
 
 
 @app.command("sweep")

@@ -77,6 +77,26 @@ def test_run_show_and_single_verbs(cvdd, tiny_yaml, tmp_path):
     assert (tmp_path / "hub" / "README.md").read_text().startswith("---\nlicense: mit\n")
 
 
+def test_several_recipes_run_one_after_another_and_share_stages(cvdd, tiny_yaml, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").write_text(f"base: {tiny_yaml}\nevaluate: {{eta: 2}}\n")
+    code, out, err = cvdd("run", tiny_yaml, "other.yaml", "--out", "table")
+    assert code == 0, err
+    assert out.count("distilled, soft labels") == 2
+    made = [json.loads((tmp_path / "table" / name / "relabel/ipc2/distilled/manifest.json").read_text())
+            for name in ("tiny", "other")]  # fmt: skip
+    assert made[0]["wall_s"] == made[1]["wall_s"], "the second run takes the first one's labels over"
+    assert (tmp_path / "table" / "other" / "evaluate" / "ipc2" / "results.json").exists()
+    for words, message in (
+        (("run", tiny_yaml, "nope"), "neither packaged nor a file"),
+        (("run", "digits-demo", "digits-demo"), "recipes of one name go to one directory"),
+    ):
+        there = sorted(tmp_path.rglob("*"))
+        code, _, err = cvdd(*words, "--out", "none")
+        assert (code, message in err, err.count("\n")) == (2, True, 1)
+        assert sorted(tmp_path.rglob("*")) == there
+
+
 def test_plan_prints_tables_or_json(cvdd, tiny_yaml, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = sorted(tmp_path.iterdir())

@@ -26,10 +26,19 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M) if kind == language]
 
 
+def in_braces(word: str) -> list[str]:
+    """The words that a shell makes of one with {a,b}."""
+    found = re.match(r"(.*?)\{([^{}:]*,[^{}:]*)\}(.*)", word)
+    if not found:
+        return [word]
+    before, inside, after = found.groups()
+    return [one for part in inside.split(",") for one in in_braces(before + part + after)]
+
+
 def commands(program: str) -> list[list[str]]:
     """Every command of the README's console blocks that starts with `program`, as words."""
     lines = [line for block in blocks("console") for line in block.replace("\\\n", "").splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines]
+    words = [[one for word in shlex.split(line, comments=True) for one in in_braces(word)] for line in lines]
     return [word for word in words if word and Path(word[0]).name == program]
 
 
@@ -46,8 +55,8 @@ def test_every_cvdd_command_is_accepted(words):
     group = typer.main.get_command(cli.app)
     verb = group.commands[words[1]]
     given = verb.make_context(words[1], list(words[2:])).params
-    if given.get("recipe"):
-        load_config(given["recipe"], given["set_"] or [])
+    for recipe in given.get("recipes") or filter(None, [given.get("recipe")]):
+        load_config(recipe, given["set_"] or [])
     if given.get("file"):
         load_sweep(given["file"], given["set_"] or [], base=given["base"])
 
@@ -145,8 +154,28 @@ def test_the_utilization_of_the_published_code_is_what_plan_says():
 
 
 def test_recipes_named_in_the_text_exist():
-    for name in re.findall(r"cvdd run ([a-z0-9+-]+)", README):
+    for name in re.findall(r"cvdd run ([a-z0-9+-]+)(?![a-z0-9+{-])", README):
         load_config(name)
+
+
+def test_the_commands_for_the_papers_tables_are_accepted():
+    """Those in the text and its table; the second above stands for table 1."""
+    section = README.split("### The paper's tables")[1].split("###")[0]
+    lines = re.findall(r"`cvdd (run .*?)`", section)
+    assert len(lines) == 7
+    for line in lines:
+        words = [one for word in shlex.split(line) for one in in_braces(word)]
+        given = typer.main.get_command(cli.app).commands["run"].make_context("run", words[1:]).params
+        for recipe in given["recipes"]:
+            load_config(recipe, given["set_"] or [])
+
+
+def test_words_in_braces_are_those_of_a_shell():
+    import subprocess
+
+    for word in ("a{1,10}-r{18,50}{,-b}", "plain", "--set=x={a: 1}"):
+        asked = ["bash", "-c", f"printf '%s\\n' {word if ':' not in word else shlex.quote(word)}"]
+        assert in_braces(word) == subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_the_sweep_example_loads(tmp_path):
