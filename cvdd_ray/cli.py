@@ -12,8 +12,8 @@ from rich.table import Table
 
 from cvdd_ray.config import RunConfig
 from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
-from cvdd_ray.recipes import dump_config, load_config, recipe_description, recipe_names, without_login, without_logins
-from cvdd_ray.recipes.composed import PATTERN, vocabulary
+from cvdd_ray.recipes import dump_config, load_config, without_login, without_logins
+from cvdd_ray.recipes.overview import rich_recipes
 
 app = typer.Typer(
     name="cvdd",
@@ -306,20 +306,9 @@ def recipes(
     if names:
         print(dump_config(load_config(names[0])), end="")
         return
-    table = Table("recipe", "what it is", box=None)
-    for known in recipe_names():
-        table.add_row(known, recipe_description(known))
     console = Console()
-    console.print(table)
-    console.print(
-        f"\nAs in the paper's tables: {PATTERN}, e.g. cifar100-ipc10-r50 or cifar100-ipc10-r50-sre2l++", soft_wrap=True
-    )
-    table = Table("part", "word", "what it is", box=None)
-    for kind, words_ in vocabulary().items():
-        for word, meaning in words_.items():
-            table.add_row(kind, word, meaning)
-            kind = ""
-    console.print(table)
+    for part in rich_recipes():
+        console.print(part, soft_wrap=not isinstance(part, Table))
 
 
 @app.command()

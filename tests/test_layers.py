@@ -11,6 +11,7 @@ LAYERS = {
     "config": 0,
     "fields": 0,
     "labelconfig": 0,
+    "runtimeconfig": 0,
     "space": 0,
     "sweepconfig": 0,
     "yamltext": 0,
