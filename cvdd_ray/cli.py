@@ -252,6 +252,41 @@ def compare_command(
         console.print(part, soft_wrap=not isinstance(part, Table))
 
 
+@app.command("analyze")
+def analyze_command(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Directory (or s3:// URI) of a finished run or sweep; of several runs.")
+    ],
+    what: Annotated[str, typer.Option("--what", metavar="NAME", help="Which analysis; an unknown name lists them.")],
+    ipc: Annotated[int | None, typer.Option("--ipc", metavar="N", help="Of several; default: the largest.")] = None,
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="NAME", help="Who looks at the images; default: the first.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Its numbers as JSON.")] = False,
+) -> None:  # fmt: skip
+    """One of the paper's analyses, as a table and perhaps a picture, written to DIR/analysis of the first DIR."""
+    from cvdd_ray.data.storage import Store
+    from cvdd_ray.stages.analyze import analyze, rich_analysis, write_analysis
+
+    found = analyze(folders, what, ipc=ipc, expert=expert)
+    if json_:
+        print(json.dumps(found.numbers, indent=1))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 130)
+        for part in rich_analysis(found):
+            console.print(part)
+    store = Store(folders[0])
+    try:
+        written = write_analysis(store, what, found)
+    except ArtifactError as error:
+        if store.is_local:
+            raise
+        print(f"the analysis was not written: {error}", file=sys.stderr)  # a bucket that may only be read
+        return
+    for name, path in written.items():
+        print(f"{name}: {path}", file=sys.stderr if json_ else sys.stdout)
+
+
 @app.command()
 def share(
     folder: Annotated[str, typer.Argument(metavar="URI", help="s3:// URI of a run or a sweep.")],

@@ -13,7 +13,7 @@ from cvdd_ray.recipes import dump_config
 REPOSITORY = Path(__file__).parent.parent
 VERBS = [
     "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "plan", "bench", "show", "compare",
-    "share", "export", "recipes", "schema",
+    "analyze",     "share", "export", "recipes", "schema",
 ]  # fmt: skip
 
 
@@ -178,6 +178,9 @@ BAD = [
     (["fly"], "fly"),
     (["run", "digits-demo", "--speed", "9"], "--speed"),
     (["show", "/no/such/run"], "/no/such/run"),
+    (["analyze", "/no/such/run", "--what", "colours"], "of sweeps: experts, voters"),
+    (["analyze", "/no/such/run", "--what", "curves"], "/no/such/run holds no run"),
+    (["analyze", "/no/such/run"], "--what"),
     (["compare", "/no/such/run"], "give two or more different runs"),
     (["compare", "/no/such/run", "/no/such/run"], "give two or more different runs"),
     (["compare", "/no/such/run", "/no/such/other"], "/no/such/run holds no run"),

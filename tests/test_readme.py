@@ -65,7 +65,7 @@ def test_every_verb_of_the_table_exists_and_none_is_missing():
     rows = re.findall(r"^\| `cvdd (.*?)\|", README, re.M)
     named = set(
         re.findall(
-            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|plan|bench|show|compare|share|export|recipes|schema)\b",
+            r"\b(run|pretrain|prior|initialize|synthesize|relabel|evaluate|sweep|plan|bench|show|compare|analyze|share|export|recipes|schema)\b",
             " ".join(rows),
         )
     )

@@ -21,6 +21,7 @@ from cvdd_ray.errors import ArtifactError, ConfigError, NumericsError
 from cvdd_ray.recipes import dump_config, load_config
 from cvdd_ray.runner.cluster import Share
 from cvdd_ray.runner.trainable import placement
+from cvdd_ray.stages.analyze import analyze
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.pipeline import run_all
 from cvdd_ray.stages.sweepsummary import read_sweep, trial_files
@@ -29,6 +30,8 @@ from cvdd_ray.sweepconfig import SweepConfig, load_sweep
 TUNE_CONFIGS = sorted((Path(__file__).parent.parent.parent / "tune_configs").glob("*.yaml"))
 EXPERTS = ["resnet18", "resnet50", "shufflenet_v2", "mobilenet_v2", "densenet121"]
 EPOCHS = 3
+PAPER_TABLES = {"experts": "experts", "voters": "voters", "bssl": "bssl", "committee": "committee", "augmentation": "images",
+                "students": "architectures"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +103,17 @@ def test_every_file_runs_shrunken(path, tiny, tmp_path, ray_runtime):
     swept = {key.split(".")[0] for key in config.sweep.space}
     distinct = config.num_trials()
     assert made["pretrain"] == len(EXPERTS)
-    assert made["synthesize"] == (distinct if swept & {"voting", "committee"} else 1)
-    if not swept & {"voting", "committee", "relabel"}:
+    assert made["synthesize"] == (distinct if swept & {"voting", "committee", "synthesize"} else 1)
+    if not swept & {"voting", "committee", "synthesize", "relabel"}:
         assert made["relabel"] == 1
     if path.stem == "bssl":
         assert made["relabel"] == distinct
+    if what := PAPER_TABLES.get(path.stem):
+        found = analyze([str(out)], what)
+        mean = {trial.accuracy for trial in summary.trials}
+        assert {number["mean"] for number in found.numbers or ()} in (mean, set())
+        assert found.picture.startswith(b"\x89PNG")
+        assert not any(row[-1] for row in found.rows if what != "images")  # the digits are none of the paper's data
     changes = [epoch for epoch, _ in summary.winner.history[1:]]  # of population-based training; none otherwise
     assert [phase.from_epoch for phase in best.evaluate.phases] == changes
     assert best.evaluate.lr == summary.winner.history[0][1]["lr"]
