@@ -13,7 +13,7 @@ from cvdd_ray.recipes import dump_config
 REPOSITORY = Path(__file__).parent.parent
 VERBS = [
     "run", "pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate", "sweep", "plan", "bench", "show", "compare",
-    "analyze",     "share", "export", "recipes", "schema",
+    "analyze", "share", "export", "recipes", "schema",
 ]  # fmt: skip
 
 

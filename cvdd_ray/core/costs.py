@@ -36,8 +36,15 @@ class Network:
 
     def build(self) -> nn.Module:
         """Return it in eval mode without weights, on the meta device.  Raises ConfigError as `build_model`."""
-        with torch.random.fork_rng(devices=[]), META:
-            return build_model(self.name, self.num_classes, self.image_size, width=self.width).eval()
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with META:
+                    return self._built()
+            except NotImplementedError:  # RegNet's factory computes with tensors
+                return self._built().to(META)
+
+    def _built(self) -> nn.Module:
+        return build_model(self.name, self.num_classes, self.image_size, width=self.width).eval()
 
     def images(self, *shape: int) -> Tensor:
         return torch.empty(*shape, 3, self.image_size, self.image_size, device=META)

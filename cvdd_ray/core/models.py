@@ -20,7 +20,7 @@ import torchvision.models as tv
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from cvdd_ray.core import small_models
+from cvdd_ray.core import patch_models, small_models
 from cvdd_ray.errors import ConfigError, DataError
 
 SMALL_MAX_PX = 64
@@ -37,6 +37,8 @@ class ModelEntry:
     """(num_classes, image_size, width) -> network for image sides of 8 to 64 pixels."""
     large: Callable[..., nn.Module] | None = None
     """torchvision's factory, for image sides above 64 pixels."""
+    takes_size: bool = False
+    """Whether the large factory must be told the image side."""
 
 
 _resnet50_small = partial(small_models.resnet, block=Bottleneck, depths=(3, 4, 6, 3))
@@ -55,6 +57,8 @@ MODELS: dict[str, ModelEntry] = {
     "efficientnet_b0": ModelEntry(None, tv.efficientnet_b0),
     "wide_resnet50_2": ModelEntry(partial(_resnet50_small, base_width=128), tv.wide_resnet50_2),
     "wide_resnet16_2": ModelEntry(small_models.wide_resnet16_2, None),
+    "vit_tiny": ModelEntry(patch_models.vit_tiny, patch_models.vit_tiny_large, takes_size=True),
+    "convnext_tiny": ModelEntry(patch_models.convnext_tiny, tv.convnext_tiny),
     "convnet3": ModelEntry(partial(small_models.convnet, depth=3), None),
     "convnet4": ModelEntry(partial(small_models.convnet, depth=4), None),
 }
@@ -93,7 +97,8 @@ def build_model(name: str, num_classes: int, image_size: int, *, width: float = 
             f"width is {width} for {name} at {image_size} px; torchvision networks and their weights have a fixed "
             f"width, so set width=1 or use images up to {SMALL_MAX_PX} px"
         )
-    model = factory(weights=None, num_classes=num_classes)
+    size = {"image_size": image_size} if entry.takes_size else {}
+    model = factory(weights=None, num_classes=num_classes, **size)
     for module in model.modules():
         if type(module) is small_models.TorchvisionShuffleBlock:
             module.__class__ = small_models.ShuffleBlock  # the same parameters; a shuffle that keeps the memory layout
@@ -179,6 +184,8 @@ def weights_from_bytes(model: nn.Module, data: bytes) -> None:
 def _torchvision_file(model: nn.Module, label: str, *, name: str, given: str) -> Path:
     """Path of a torchvision weights file in torch's cache, fetched (and hash-checked) when it is not there."""
     factory = MODELS[name].large
+    if MODELS[name].takes_size:
+        raise DataError(f"{given}: torchvision has none of this network; give a .safetensors or .pth file")
     if isinstance(model, small_models.SmallNet) or factory is None:
         raise DataError(
             f"{given}: torchvision's weights fit only its networks for images above {SMALL_MAX_PX} px, not the small "

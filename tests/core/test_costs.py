@@ -52,6 +52,10 @@ def test_a_vote_leaves_out_the_weights_gradient_and_training_that_of_the_images(
     assert training_cost(network, 2).flops == 2 * (3 * forward - FIRST_LAYER[name])
 
 
+def test_a_network_whose_factory_needs_numbers_is_counted_too():
+    assert forward_cost(Network("regnet_x_8gf", 1000, 224)).flops == pytest.approx(16.0e9, rel=0.01)
+
+
 def test_classes_size_and_width_matter():
     base = forward_cost(Network("resnet18", 10, 32, 0.5)).flops
     assert forward_cost(Network("resnet18", 20, 32, 0.5)).flops == base + 2 * 10 * 256

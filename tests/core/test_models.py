@@ -241,7 +241,7 @@ def test_impossible_networks_are_refused(args, kwargs, message):
 @pytest.mark.parametrize("name", SMALL)
 def test_only_networks_with_batchnorm_can_vote(name):
     model = on_meta(name, 10, 16, width=0.25)
-    if name.startswith("convnet"):
+    if name.startswith(("convnet", "convnext", "vit")):
         with pytest.raises(ConfigError, match=rf"{name} cannot vote.*BatchNorm2d"):
             require_batchnorm(model, name)
     else:
@@ -452,7 +452,7 @@ def test_a_download_is_checked_against_the_hash_in_its_name(offline_cache, monke
 
 
 def test_every_torchvision_file_name_ends_with_a_hash():
-    for entry in filter(None, (entry.large for entry in MODELS.values())):
+    for entry in filter(None, (entry.large for entry in MODELS.values() if not entry.takes_size)):
         for member in models.tv.get_model_weights(entry):
             assert re.search(r"-[0-9a-f]{8,}\.pth$", member.url)
 
@@ -511,3 +511,18 @@ def test_the_224_pixel_shufflenet_is_torchvisions(layout):
     x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(ours.to(memory_format=layout)(x.contiguous(memory_format=layout)), theirs(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "params"), [("vit_tiny", 5_717_416), ("convnext_tiny", 28_589_128)])
+def test_students_of_patches_are_the_published_ones(name, params):
+    """At 224 px; small ones keep the layers and take every size."""
+    assert num_params(on_meta(name, 1000, 224)) == params
+    small = on_meta(name, 10, 32)
+    assert sum(p.ndim > 1 for p in small.parameters()) == sum(p.ndim > 1 for p in on_meta(name, 10, 224).parameters())
+    for size in (8, 28, 64):
+        assert build_seeded(name, 3, size, width=0.125, seed=1)(torch.zeros(2, 3, size, size)).shape == (2, 3)
+
+
+def test_a_vit_has_no_weights_of_torchvision():
+    with pytest.raises(DataError, match="torchvision has none of this network"):
+        load_weights(on_meta("vit_tiny", 1000, 224), "torchvision:IMAGENET1K_V1", name="vit_tiny")
