@@ -19,6 +19,10 @@ def _number(value: Any) -> Any:
     return float(value) if is_number else value
 
 
+SEVERAL = "settings"
+"""A space's key whose values are mappings of dotted settings, of any sections: they change together."""
+
+
 Values = Annotated[tuple[Annotated[Any, BeforeValidator(_number)], ...], Field(min_length=1)]
 Pair = tuple[float, float]
 
@@ -122,6 +126,11 @@ def samples(space: Space, count: int) -> list[dict[str, Any]]:
         return list(grid_points(space))
     source = random.Random(0)
     return [{key: domain.draw(source) for key, domain in space.items()} for _ in range(count)]
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those under `SEVERAL` among the others."""
+    return {**{key: value for key, value in values.items() if key != SEVERAL}, **values.get(SEVERAL, {})}
 
 
 def point(value: Any) -> float | int | str:

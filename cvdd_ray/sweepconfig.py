@@ -9,7 +9,7 @@ from cvdd_ray.config import MUTABLE_SETTINGS, RunConfig
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.fields import Count, NonNegative, Number, Positive, Section
 from cvdd_ray.recipes import load_config, with_settings, without_place
-from cvdd_ray.space import MAX_GRID, Domain, Space, label, samples
+from cvdd_ray.space import MAX_GRID, SEVERAL, Domain, Space, flat, label, samples
 
 MUTABLE = tuple(f"evaluate.{name}" for name in MUTABLE_SETTINGS)
 CHECKPOINT_EVERY = 10  # epochs
@@ -19,7 +19,8 @@ TRIED = 256  # points of a random space that are checked before anything starts
 class SearchConfig(Section):
     space: dict[str, Domain]
     """What to vary: dotted setting (or section) -> `{grid: [...]}`, `{choice: [...]}`, `{uniform: [low, high]}`,
-    `{loguniform: ...}`, `{quniform: [low, high, step]}`, `{randint: ...}`, `{lograndint: ...}`."""
+    `{loguniform: ...}`, `{quniform: [low, high, step]}`, `{randint: ...}`, `{lograndint: ...}`. Under the key `settings` the
+    listed values are mappings of dotted settings, of any sections, which change together."""
     search: Literal["grid", "random", "optuna"] = "grid"
     """`grid`: every combination; `random`: independent draws; `optuna`: draws that learn from finished trials (TPE)."""
     num_trials: Positive | None = None
@@ -58,22 +59,27 @@ class SearchConfig(Section):
     def _check(self):
         if not self.space:
             raise ValueError("space is empty; name at least one setting, e.g. {evaluate.temperature: {grid: [4, 20]}}")
-        for key, domain in self.space.items():
+        several = self.space.get(SEVERAL)
+        if several and not all(isinstance(value, Mapping) and value for value in several.values or (None,)):
+            raise ValueError(f"space.{SEVERAL} lists mappings of dotted settings, e.g. {{grid: [{{voting.size: 3}}]}}")
+        for key in self.changed():
             if key.split(".")[0] in ("runtime", "storage", "sweep"):
                 raise ValueError(f"space.{key} decides where work runs and not what comes out; sweep another setting")
             if key.split(".")[0] in ("seed", "data") and key != "data.flip":
                 raise ValueError(
                     f"space.{key} changes the hold-out; trials are only compared on one, sweep another setting"
                 )
+        for key, domain in self.space.items():
             allowed = {"grid": ("grid",), "optuna": _DRAWN, "random": ("grid", *_DRAWN)}[self.search]
             if domain.kind not in allowed:
                 raise ValueError(f"space.{key}: search {self.search!r} takes {', '.join(allowed)}, got {domain.kind}")
         for section, domain in self.space.items():
             named_there = {name for value in domain.values or () if isinstance(value, Mapping) for name in value}
-            twice = [key for key in self.space if key in {f"{section}.{name}" for name in named_there}]
+            prefix = "" if section == SEVERAL else f"{section}."
+            twice = [key for key in self.space if key in {f"{prefix}{name}" for name in named_there}]
             if twice:
                 raise ValueError(f"space.{twice[0]} is also changed by space.{section}; vary it in one of the two")
-        idle = sorted(set(self._changed()) & set(_NO_EFFECT))
+        idle = sorted(set(self.changed()) & set(_NO_EFFECT))
         if idle:
             raise ValueError(f"space.{idle[0]} changes nothing that a trial measures; {_NO_EFFECT[idle[0]]}")
         if (self.search == "grid") != (self.num_trials is None):
@@ -84,11 +90,14 @@ class SearchConfig(Section):
         self._check_scheduler()
         return self
 
-    def _changed(self) -> list[str]:
+    def changed(self) -> list[str]:
         """Return every dotted setting that some point changes; a mapping changes the settings it names."""
         names = []
         for key, domain in self.space.items():
-            inside = [f"{key}.{name}" for value in domain.values or () if isinstance(value, Mapping) for name in value]
+            prefix = "" if key == SEVERAL else f"{key}."
+            inside = [
+                f"{prefix}{name}" for value in domain.values or () if isinstance(value, Mapping) for name in value
+            ]
             names += inside or [key]
         return names
 
@@ -96,7 +105,7 @@ class SearchConfig(Section):
         for option, scheduler in _ONLY_WITH.items():
             if getattr(self, option) is not None and self.scheduler != scheduler:
                 raise ValueError(f"{option} has no effect with scheduler {self.scheduler!r}; it is for {scheduler!r}")
-        epochs = [key for key in self._changed() if key in ("evaluate.epochs", "relabel.epochs")]
+        epochs = [key for key in self.changed() if key in ("evaluate.epochs", "relabel.epochs")]
         if self.scheduler == "asha" and epochs:
             raise ValueError(f"scheduler 'asha' compares trials at equal epochs; {epochs[0]} cannot be swept with it")
         if self.scheduler == "pbt":
@@ -163,7 +172,7 @@ class SweepConfig(RunConfig):
         """
         plain = without_place(self).model_dump(exclude={"sweep"})
         plain["evaluate"]["baselines"] = ()
-        config = with_settings(RunConfig(**plain), values)
+        config = with_settings(RunConfig(**plain), flat(values))
         for name, many in (("ipc", config.ipc), ("evaluate.students", config.evaluate.students)):
             if len(many) != 1:
                 raise ConfigError(f"{name}: a trial measures one, got {list(many)}; set {name}=[{many[0]}]")
@@ -198,7 +207,7 @@ def load_sweep(file: str, overrides=(), *, base: str | None = None) -> SweepConf
 
 def settings_of(space: Space, point: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a point of the space stands for (points name listed values by their labels)."""
-    return {key: space[key].value(at) if key in space else at for key, at in point.items()}
+    return flat({key: space[key].value(at) if key in space else at for key, at in point.items()})
 
 
 def named(values: Mapping[str, Any]) -> str:

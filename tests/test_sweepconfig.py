@@ -7,12 +7,13 @@ import yaml
 
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import dump_config, load_config, parse_config
+from cvdd_ray.space import samples
 from cvdd_ray.sweepconfig import SweepConfig, load_sweep, named, settings_of
 
 TUNE_CONFIGS = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
 PROMISED = {
     "temperature", "schedule", "learning_rate", "post_eval", "voter_temperature", "voters", "bssl", "committee",
-    "students", "eta", "pbt", "demo", "labels",
+    "students", "eta", "pbt", "demo", "labels", "experts", "augmentation", "architectures", "cross",
 }  # fmt: skip
 
 
@@ -144,3 +145,36 @@ def test_runs_and_sweeps_are_not_taken_for_each_other(tmp_path):
 
 def test_values_are_named_in_messages():
     assert named({"evaluate.lr": 0.001, "voting": {"size": 3}}) == "evaluate.lr=0.001, voting=size=3"
+
+
+SEVERAL = {"settings": {"grid": [{"voting.size": 1, "synthesize.lr": 0.2}, {"voting.size": 2}]}}
+
+
+def test_settings_of_several_sections_change_together(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    space = {**SEVERAL, "relabel.batchnorm": {"grid": ["batch", "eval"]}}
+    path.write_text(yaml.safe_dump({"base": "digits-demo", "sweep": {"space": space}}))
+    config = load_sweep(str(path))
+    assert config.num_trials() == 4
+    assert set(config.sweep.changed()) == {"voting.size", "synthesize.lr", "relabel.batchnorm"}
+    found = [config.trial_config(values) for values in samples(config.sweep.space, 10)]
+    assert sorted((c.voting.size, c.synthesize.lr) for c in found) == [(1, 0.2)] * 2 + [(2, 0.1)] * 2
+    at = {"settings": "voting.size=1 synthesize.lr=0.2", "relabel.batchnorm": "eval"}
+    assert settings_of(config.sweep.space, at) == {"voting.size": 1, "synthesize.lr": 0.2, "relabel.batchnorm": "eval"}
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"settings": {"grid": [1, 2]}}, "lists mappings of dotted settings"),
+        ({**SEVERAL, "voting.size": {"grid": [1, 2]}}, "also changed by space.settings"),
+        ({"settings": {"grid": [{"data.holdout": 0.5}]}}, "changes the hold-out"),
+        ({"settings": {"grid": [{"evaluate.seeds": 2}]}}, "set sweep.seeds"),
+        ({"settings": {"grid": [{"voting.sise": 2}]}}, "did you mean 'size'"),
+    ],
+)
+def test_impossible_settings_of_several_sections_are_refused(tmp_path, space, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"base": "digits-demo", "sweep": {"space": space}}))
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(str(path))

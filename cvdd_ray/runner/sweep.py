@@ -104,7 +104,7 @@ def sweep(
         run_of = partial(run_beside, base, first.real, artifacts=artifacts, runtime=runtime, progress=progress)
         _check_room(config, base)
         store.write(SWEEP, dump_config(without_place(config)).encode())
-        prepare(run_of, base, {}, untouched_stages(list(config.sweep.space)))
+        prepare(run_of, base, {}, untouched_stages(config.sweep.changed()))
         if isinstance(runtime, RayRuntime):
             runtime.release()  # trials need what the experts hold
         function = _trainable(config, base, store, [source.root for source in sources], first.real)

@@ -124,6 +124,53 @@ def ablation(store: Store, what: str) -> Analysis:
     )
 
 
+def cross(store: Store) -> Analysis:
+    """Return hold-out accuracies of a sweep over images and labels as a table with a row per kind of images and a column per
+    kind of labels.  The paper changes both together.
+
+    Raises ConfigError where two trials have the same images and labels, ArtifactError without a finished trial.
+    """
+    summary = read_sweep(store)
+    found: dict[tuple[str, str], tuple[float, float | None]] = {}
+    for trial in _in_order(summary.trials):
+        c = trial_run_config(store, trial.name)
+        place = images_in_words(c), labels_in_words(c)
+        if place in found:
+            raise ConfigError(
+                f"--what cross: the sweep in {summary.where} varies more than images and labels: it has {' with '.join(place)} "
+                f"twice"
+            )
+        found[place] = trial.accuracy, trial.curve[-1][2] if summary.config.sweep.seeds > 1 else None
+    if not found:
+        raise ArtifactError(f"{summary.where} has no finished trial; run the same `cvdd sweep` again")
+    kinds, labels = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+    rows = [(kind, *(spread(*found[kind, name]) if (kind, name) in found else "" for name in labels)) for kind in kinds]
+    title = f"Images and labels: {dataset_info(summary.config.data).name}, IPC {summary.config.ipc[0]}"
+    figure = bars_figure(
+        [(f"{kind}; {name}", *found[kind, name], None) for kind in kinds for name in labels if (kind, name) in found],
+        title=title, label="hold-out accuracy in %, mean and standard deviation",
+    )  # fmt: skip
+    notes = (f"Hold-out accuracy in percent after the last epoch, {summary.config.sweep.seeds} students per trial.",)
+    return Analysis(
+        title, ("images", *labels), tuple(rows), notes, figure,
+        [{"images": kind, "labels": name, "mean": mean, "std": std} for (kind, name), (mean, std) in found.items()],
+    )  # fmt: skip
+
+
+def images_in_words(c: RunConfig) -> str:
+    """Return what a run's images are: who distilled them, or what they were before that."""
+    if c.synthesize.iterations:
+        return f"{c.voting.size} voters" if c.voting.size > 1 else "one voter (SRe2L++)"
+    return {"patches": "patches", "real": "random real", "noise": "noise"}[c.initialize.method]
+
+
+def labels_in_words(c: RunConfig) -> str:
+    """Return who labels a run's images, and in which mode."""
+    teachers = len(c.relabel.teachers or c.committee.experts)
+    many = "1 teacher" if teachers == 1 else f"{teachers} teachers"
+    return f"{many}, {'BSSL' if c.relabel.batchnorm == 'batch' else 'eval mode'}"
+
+
 def _in_order(trials: tuple[Trial, ...]) -> list[Trial]:
     return sorted((trial for trial in trials if trial.state == "finished"), key=lambda trial: trial.name)
 

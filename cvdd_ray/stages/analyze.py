@@ -10,7 +10,7 @@ from rich.text import Text
 
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
-from cvdd_ray.stages.ablations import ABLATIONS, ablation, sweep_images
+from cvdd_ray.stages.ablations import ABLATIONS, ablation, cross, sweep_images
 from cvdd_ray.stages.analyses import (
     Analysis,
     OneRun,
@@ -38,7 +38,7 @@ RUNS: Mapping[str, OfRuns] = {
     "architectures": architectures,
 }
 """Analyses of runs."""
-SWEEPS = (*ABLATIONS, "images")
+SWEEPS = (*ABLATIONS, "cross", "images")
 """Analyses of sweeps."""
 SEVERAL = ("images", "similarity", "curves", "efficiency")  # take several runs, side by side
 OF_EXPERTS = ("similarity", "batchnorm")
@@ -72,7 +72,8 @@ def analyze(folders: Sequence[str], what: str, *, ipc: int | None = None, expert
     if swept:
         if ipc is not None:
             raise ConfigError(f"--ipc {ipc} has no effect on a sweep, which has one")
-        return sweep_images(swept[0]) if what == "images" else ablation(swept[0], what)
+        special = {"images": sweep_images, "cross": cross}
+        return special[what](swept[0]) if what in special else ablation(swept[0], what)
     return RUNS[what](
         [_run(name, folder, ipc) for name, folder in zip(short_names(folders), folders, strict=True)], expert
     )

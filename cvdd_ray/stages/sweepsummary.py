@@ -14,7 +14,7 @@ from cvdd_ray.data.artifacts import MANIFEST, read_manifest
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 from cvdd_ray.recipes import parse_config, validate
-from cvdd_ray.space import point
+from cvdd_ray.space import SEVERAL, point
 from cvdd_ray.sweepconfig import SweepConfig
 
 SWEEP, RESULTS, BEST, FINAL, TRIALS = "sweep.yaml", "results.parquet", "best.yaml", "final.json", "trials"
@@ -100,7 +100,7 @@ def default_point(c: SweepConfig) -> dict[str, Any]:
     found = {}
     for key in c.sweep.space:
         value = plain
-        for part in key.split("."):
+        for part in key.split(".") if key != SEVERAL else ():
             value = value[part]
         found[key] = "(as is)" if isinstance(value, Mapping) else point(value)
     return found
