@@ -22,6 +22,7 @@ LAYERS = {
     "bench": 4,
     "runner": 4,
     "cli": 5,
+    "comparing": 5,
 }
 
 
