@@ -107,7 +107,11 @@ def parameter_figure(
             panel.errorbar(millions, mean, yerr=std, capsize=3, linestyle="", label=name, **style)
             if name in theirs:
                 panel.plot(*theirs[name], linestyle="", markerfacecolor="none", **style)
+        sizes = [point[0] for point in (*points.values(), *theirs.values())]
+        ticks = np.geomspace(min(sizes), max(sizes), 5 if max(sizes) > min(sizes) else 1)
         panel.set_xscale("log")
+        panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        panel.set_xticks([], minor=True)
         panel.set(xlabel="parameters in millions", ylabel=label)
         note = "filled: ours, mean and standard deviation" + (f"; hollow: {PAPER}" if theirs else "")
         figure.legend(loc="outside lower center", ncols=3, title=note)
