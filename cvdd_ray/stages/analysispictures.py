@@ -148,8 +148,8 @@ def image_grid(sets: Mapping[str, ImageSet], *, title: str) -> bytes:
         counts = [min(len(images) // len(images.classes), MAX_COLUMNS) for images in sets.values()]
         per_class = [len(images) // len(images.classes) for images in sets.values()]
         width = 1.6 + sum(0.62 * max(count, 3) + 0.3 for count in counts)
-        shown = f"{len(labels)} of {len(first.classes)} classes, {' and '.join(map(str, counts))} of "
-        shown += f"{' and '.join(map(str, per_class))} images of each"
+        numbers = dict.fromkeys(f"{count} of {all_}" for count, all_ in zip(counts, per_class, strict=True))
+        shown = f"{len(labels)} of {len(first.classes)} classes, {' and '.join(numbers)} images of each"
         figure = _figure(width, 1.3 + 0.62 * len(labels), f"{title}\n{shown}")
         panels = figure.subplots(1, len(sets), squeeze=False, width_ratios=[max(count, 3) for count in counts])[0]
         for position, (panel, (name, images), count) in enumerate(zip(panels, sets.items(), counts, strict=True)):
