@@ -153,7 +153,7 @@ SEVERAL = {"settings": {"grid": [{"voting.size": 1, "synthesize.lr": 0.2}, {"vot
 def test_settings_of_several_sections_change_together(tmp_path):
     path = tmp_path / "sweep.yaml"
     space = {**SEVERAL, "relabel.batchnorm": {"grid": ["batch", "eval"]}}
-    path.write_text(yaml.safe_dump({"base": "digits-demo", "sweep": {"space": space}}))
+    path.write_text(yaml.safe_dump({"base": "digits-demo", "sweep": {"space": space}}, sort_keys=False))
     config = load_sweep(str(path))
     assert config.num_trials() == 4
     assert set(config.sweep.changed()) == {"voting.size", "synthesize.lr", "relabel.batchnorm"}
