@@ -60,6 +60,7 @@ def run(config: RunConfig, out: str, *, overwrite: bool = False) -> Run:
     """
     this = Run(config, out, overwrite=overwrite)
     check(this)
+    this.store.require_writable()
     if config.runtime.engine == "ray":
         from cvdd_ray.runner import start_runtime
 

@@ -82,7 +82,7 @@ def sweep_command(
     from cvdd_ray.runner.progress import open_progress
 
     config = cvdd_ray.load_sweep(file, _changes(set_, address), base=base)
-    folder = out or config.storage.out or str(Path("runs") / Path(file).stem)
+    folder = out if out is not None else config.storage.out or str(Path("runs") / Path(file).stem)
     progress = open_progress(config.runtime.log_format)
     try:
         cvdd_ray.sweep(
@@ -307,7 +307,7 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
         raise ConfigError("give a recipe or a YAML file (`cvdd recipes` lists them), or --out DIR of an existing run")
     changes = _changes(set_, address)
     config = _config_of(out, changes) if recipe is None else load_config(recipe, changes)
-    folder = out or config.storage.out or str(Path("runs") / Path(recipe).stem)
+    folder = out if out is not None else config.storage.out or str(Path("runs") / Path(recipe).stem)
 
     from cvdd_ray.data.artifacts import Artifacts, source_stores
     from cvdd_ray.data.storage import Store
@@ -320,6 +320,7 @@ def _with_run(verb: str, recipe, set_, out, address, overwrite, reuse=()) -> str
     run = Run(config, artifacts, progress=progress)
     try:
         check(run)
+        run.store.require_writable()
         if config.runtime.engine == "ray":
             from cvdd_ray.runner import start_runtime
 

@@ -19,3 +19,10 @@ class ArtifactError(CvddError):
 
 class NumericsError(CvddError):
     """A loss or a gradient stopped being finite; the message names the job, the iteration and the expert."""
+
+
+def require_within(option: str, given: float | None, low: float, high: float) -> None:
+    """Raise ConfigError for a number outside of [low, high], and for NaN; None is a number that was not given."""
+    if given is not None and not low <= given <= high:
+        shown = given if isinstance(given, int) else f"{given:g}"
+        raise ConfigError(f"{option} {shown}: give at least {low:g} and at most {high:g}")

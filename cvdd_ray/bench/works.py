@@ -26,7 +26,7 @@ from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, dist
 from cvdd_ray.core.training import PretrainSettings, pretrain_expert
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
 from cvdd_ray.data.labels import SoftLabels, label_batch, write_label_file
-from cvdd_ray.errors import ConfigError
+from cvdd_ray.errors import ConfigError, require_within
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
 from cvdd_ray.stages.grouptask import VoterSettings
@@ -346,9 +346,13 @@ def bench(
     for name in what:
         if name not in (*KINDS, *WITH_RAY):
             raise ConfigError(f"bench knows no {name!r}; it knows {', '.join((*KINDS, *WITH_RAY))}")
-    for option, given in (("--rounds", rounds), ("--iterations", iterations), ("--ipc", ipc)):
-        if given is not None and given < 1:
-            raise ConfigError(f"{option} {given}: give at least 1")
+    for option, given in (
+        ("--rounds", rounds),
+        ("--iterations", iterations),
+        ("--ipc", ipc),
+        ("--classes", num_classes),
+    ):
+        require_within(option, given, 1, 1_000_000)
     if iterations is not None and not {"synthesis", *WITH_RAY} & set(what):
         raise ConfigError(
             f"--iterations {iterations} has no effect without synthesis, {' or '.join(WITH_RAY)}; leave it out"

@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -222,7 +223,9 @@ def _read(path: Path, data: bytes | None, *, given: str) -> dict[str, torch.Tens
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu") if data is None else safetensors.torch.load(data)
-        content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of what is refused here
+            warnings.simplefilter("ignore")
+            content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{given}: the file is damaged or holds Python objects other than tensors, which are refused because "

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,8 @@ from cvdd_ray.data.storage import PART_BYTES, Store
 from cvdd_ray.errors import ArtifactError
 
 SCHEMA_VERSION = 1
+_digests: dict[tuple, str] = {}
+"""sha256 of local files that this process has read through, by path, size and times."""
 MANIFEST = "manifest.json"
 
 
@@ -178,7 +182,7 @@ class Artifacts:
 
     def read(self, manifest: Manifest, name: str) -> bytes:
         """Return a file of a finished stage, verified.  Raises ArtifactError when it is missing or altered."""
-        path = f"{self.folder(manifest.identity)}/{name}"
+        path = self._place(manifest, name)
         if self._cached and not self.store.is_local:
             with mapped(self.store, path, manifest.files[name]) as file:
                 return file.read()
@@ -187,12 +191,45 @@ class Artifacts:
         return content
 
     def verify(self, manifest: Manifest, name: str) -> str:
-        """Return the store's name of a file that is to be opened in place, after reading it once through.
+        """Return the store's name of a file that is to be opened in place, after reading it once through; a file of the
+        local disk that this process has read before and that has not changed is not read again.
 
         Raises ArtifactError when it is missing or altered.
         """
-        path = f"{self.folder(manifest.identity)}/{name}"
-        self._require_digest(manifest, name, stored_sha256(self.store, path))
+        path = self._place(manifest, name)
+        known = self._known_as(path)
+        if known is None or _digests.get(known) != manifest.files[name]:
+            digest = stored_sha256(self.store, path)
+            self._require_digest(manifest, name, digest)
+            if known is not None:
+                _digests[known] = digest
+        return path
+
+    def _known_as(self, path: str) -> tuple | None:
+        """Return what tells this version of a local file from all others; None for others and for what is not there."""
+        if not self.store.is_local:
+            return None
+        try:
+            about = os.stat(self.store.path(path))
+        except OSError:
+            return None
+        return self.store.path(path), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+    def _place(self, manifest: Manifest, name: str) -> str:
+        """Return the store's name of a file of a stage.  Raises ArtifactError for one that its manifest does not name, and for
+        a link that leads out of the store."""
+        folder = self.folder(manifest.identity)
+        path = f"{folder}/{name}"
+        if name not in manifest.files:
+            raise ArtifactError(
+                f"{self.store.display(f'{folder}/{MANIFEST}')} does not name {name}; remove its folder to make it anew"
+            )
+        if self.store.is_local and os.path.islink(self.store.path(path)):
+            root, target = (os.path.realpath(place) for place in (self.store.root, self.store.path(path)))
+            if os.path.commonpath([root, target]) != root:
+                raise ArtifactError(
+                    f"{self.store.display(path)} is a link that leads out of {self.store.root}; put the file itself there"
+                )
         return path
 
     def _require_digest(self, manifest: Manifest, name: str, digest: str) -> None:
@@ -247,14 +284,31 @@ def read_manifest(store: Store, folder: str, stage: str) -> Manifest | None:
         return None
     try:
         found = Manifest(**json.loads(store.read(name)))
-        if found.identity["schema"] == SCHEMA_VERSION and found.stage == stage:
+        if found.identity["schema"] == SCHEMA_VERSION and found.stage == stage and _is_sound(found):
             return found
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise ArtifactError(
         f"{store.display(name)} is damaged or of another schema (this version reads {SCHEMA_VERSION}); "
         f"remove its folder to make it anew"
     )
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    """Return whether a manifest holds what its readers take for granted; above all that its files lie beside it."""
+    identity = manifest.identity
+    kinds = (("settings", dict), ("inputs", dict), ("classes", list), ("seed", int))
+    return (
+        all(isinstance(identity[name], kind) for name, kind in kinds)
+        and all(isinstance(each, dict) for each in (manifest.files, manifest.facts, manifest.versions))
+        and isinstance(manifest.wall_s, (int, float))
+        and all(isinstance(name, str) for name in identity["classes"])
+        and all(_is_plain(name) and re.fullmatch("[0-9a-f]{64}", digest) for name, digest in manifest.files.items())
+    )
+
+
+def _is_plain(name: str) -> bool:
+    return "\\" not in name and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def first_difference(there: Any, wanted: Any, where: str = "") -> tuple[str, Any, Any] | None:

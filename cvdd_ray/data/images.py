@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import os
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # others (EPS, P
 ID_BYTES = 16
 
 
+_opening = threading.Lock()  # warnings are silenced for all threads at once
+
+
 class BadImage(Exception):  # noqa: N818 - a verdict on one file, not an error of the program
     """One image cannot be used; the text is the reason. Never leaves this package: policy turns it into DataError."""
 
@@ -48,7 +53,10 @@ def decode(data: bytes, thumbnail: bool = False) -> tuple[np.ndarray, str]:
     if not data:
         raise BadImage("it is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _opening, warnings.catch_warnings():  # of what is refused below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise BadImage(f"{image.width}x{image.height} is more than the limit of {limit} pixels")
@@ -59,6 +67,8 @@ def decode(data: bytes, thumbnail: bool = False) -> tuple[np.ndarray, str]:
             return np.asarray(_to_rgb(image)), kind
     except BadImage:
         raise
+    except Image.DecompressionBombError:
+        raise BadImage(f"it is more than the limit of {Image.MAX_IMAGE_PIXELS} pixels") from None
     except UnidentifiedImageError:
         raise BadImage("it is not an image of a known format") from None
     except Exception as error:  # decoders raise almost anything on damaged data

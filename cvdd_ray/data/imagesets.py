@@ -142,6 +142,7 @@ def read_table(data: bytes, name: str) -> pa.Table:
     """Return the table of an image set with its files undecoded.  Raises ArtifactError for anything else."""
     try:
         table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+        table.validate(full=True)
         json.loads((table.schema.metadata or {})[METADATA_KEY])["classes"]
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError) as error:
         raise _refusal(name, error) from None

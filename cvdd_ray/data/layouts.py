@@ -18,6 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cvdd_ray.errors import ArtifactError
+
 ROW_GROUP_BYTES = 16 << 20
 MAX_NAME_BYTES = 100  # of a class's folder
 RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{k}" for device in ("com", "lpt") for k in range(1, 10))}  # Windows
@@ -80,6 +82,10 @@ def image_rows(
     for batch in batches:
         for row in batch.to_pylist():
             image = row.pop("image")
+            if not re.fullmatch(r"[\w-][\w.-]*", image["path"] or ""):
+                raise ArtifactError(
+                    f"an image of the set is called {image['path']!r}, which is no plain file name; make it anew"
+                )
             yield image["path"], image["bytes"], {"label": row["label"], "class": classes[row["label"]], **row}
 
 

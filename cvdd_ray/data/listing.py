@@ -38,6 +38,20 @@ def short(names: Sequence[str]) -> str:
     return f"[{', '.join(shown)}]" + (f" ({len(names)} in all)" if len(names) > 12 else "")
 
 
+def numbered(labels: np.ndarray, num_classes: int, where: str) -> tuple[str, ...]:
+    """Return the names of classes that have none: their numbers, `num_classes` of them (0: as many as there are labels).
+
+    Raises DataError for a label that leaves some class without an image, whatever the others are.
+    """
+    highest = int(labels.max())
+    if not num_classes and highest >= len(labels):
+        raise DataError(
+            f"{where} has label {highest}, but only {len(labels)} images: classes are numbered from 0 and each needs "
+            f"images; correct the labels, or name the classes"
+        )
+    return tuple(map(str, range(num_classes or highest + 1)))
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 

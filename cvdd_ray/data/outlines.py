@@ -9,7 +9,7 @@ from cvdd_ray.data.choices import holdout_counts, scaled_down
 from cvdd_ray.data.datasets import DatasetInfo, dataset_info
 from cvdd_ray.data.images import Arrays, RealImages
 from cvdd_ray.data.sources import RealData, list_real, with_classes
-from cvdd_ray.errors import ConfigError
+from cvdd_ray.errors import ConfigError, require_within
 from cvdd_ray.recipes import without_login
 
 # Train and test images of the rows of the dataset table, as published (test: the labelled validation split where the test
@@ -24,6 +24,8 @@ NUM_IMAGES = {
     "imagenet1k": (1_281_167, 50_000),
 }
 
+MOST_IMAGES = 100_000_000  # of one split, and classes
+
 
 def outline(
     data: DataConfig, *, num_classes: int | None = None, train_images: int | None = None, test_images: int | None = None
@@ -33,6 +35,9 @@ def outline(
     Numbers come from the arguments, from the table of known data sets (classes of equal size), or from a listing of
     `data.path`, in this order.  Raises ConfigError when none of them knows, DataError for a path that cannot be listed.
     """
+    for option, given, low in (("--classes", num_classes, 2), ("--train-images", train_images, 1),
+                               ("--test-images", test_images, 1)):  # fmt: skip
+        require_within(option, given, low, MOST_IMAGES)
     info = dataset_info(data)
     known = NUM_IMAGES.get(info.name)
     if known is None and train_images is None and data.path and Path(data.path).expanduser().exists():

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cvdd_ray.data.images import REMOTE_THREADS, THREADS, BadImage, digest
-from cvdd_ray.data.listing import Listing, one_line, short
+from cvdd_ray.data.listing import Listing, numbered, one_line, short
 from cvdd_ray.data.remote import Remote, below, is_uri, reading, without_secrets
 from cvdd_ray.errors import DataError
 
@@ -46,7 +47,7 @@ def list_parquet(root: Path | Remote, num_classes: int) -> tuple[Listing, Listin
     names, labels, source = _list_parquet(root, train_files)
     test_names, test_labels, test_source = _list_parquet(root, test_files)
     if names is None and test_names is None:
-        names = tuple(str(label) for label in range(num_classes or int(labels.max()) + 1))
+        names = numbered(labels, num_classes, f"{root}/{folder}train*.parquet")
     names, test_names = names or test_names, test_names or names  # one split's names do for both
     return (
         Listing(f"{root}/{folder}train*.parquet", names, labels, source),
@@ -101,11 +102,13 @@ def _parquet_head(address: str, where: str) -> _ParquetHead:
         file = pq.ParquetFile(stream, pre_buffer=is_uri(address))
         image, label = _columns(where, file.schema_arrow)
         column = file.read(columns=[label]).column(label)
+        if pa.types.is_uint64(column.type) and (pc.max(column).as_py() or 0) >= 2**63:
+            raise DataError(f"{where} has the label {pc.max(column).as_py()}; labels are numbers from 0 to classes - 1")
         if column.null_count:
             raise DataError(f"{where} has {column.null_count} rows without a {label}; remove or label them")
         group_rows = tuple(file.metadata.row_group(index).num_rows for index in range(file.num_row_groups))
         labels = column.to_numpy().astype(np.int64)
-        return _ParquetHead(image, _class_names(file.schema_arrow, label), labels, group_rows)
+        return _ParquetHead(image, _class_names(where, file.schema_arrow, label), labels, group_rows)
 
     try:
         return reading(address, read)
@@ -122,21 +125,32 @@ def _columns(path: str, schema: pa.Schema) -> tuple[str, str]:
                 f"{path} has the columns {short(schema.names)}, but none called {' or '.join(allowed)}; rename the "
                 "right one"
             )
+        if schema.names.count(found) > 1:
+            raise DataError(f"{path} has two columns {found}; keep the right one")
     kind = schema.field(image).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise DataError(f"{path} column {image} is {kind}, but must be struct<bytes, path>; write it as a Hub image")
+    at = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    if at < 0 or not (pa.types.is_binary(kind.field(at).type) or pa.types.is_large_binary(kind.field(at).type)):
+        raise DataError(
+            f"{path} column {image} is {kind}, but must be struct<bytes: binary, path>; write it as a Hub image"
+        )
     if not pa.types.is_integer(schema.field(label).type):
         raise DataError(f"{path} column {label} is {schema.field(label).type}, but must be an integer class number")
     return image, label
 
 
-def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+def _class_names(where: str, schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     """`info.features.<label>.names` of the `huggingface` schema metadata, if it is there."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features[label]["names"])
-    except (KeyError, TypeError, ValueError):
+        names = features[label]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise DataError(
+            f"{where}: the class names of {label} in its metadata are {short(names) if isinstance(names, list) else names!r}; "
+            f"they must be a list of different texts"
+        )
+    return tuple(names)
 
 
 @dataclass(frozen=True, eq=False)

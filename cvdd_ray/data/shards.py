@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cvdd_ray.data.artifacts import Artifacts, Manifest, Written, sha256
+from cvdd_ray.data.artifacts import MANIFEST, Artifacts, Manifest, Written, sha256
 from cvdd_ray.data.cache import mapped
 from cvdd_ray.data.imagesets import ImageSet, joint_content, read_image_set, table_bytes
 from cvdd_ray.data.labels import SoftLabels
 from cvdd_ray.data.storage import Store
+from cvdd_ray.errors import ArtifactError
 
 SHARD_BYTES = 256 << 20
 """Pixels of an image shard, logits of a label shard, as far as whole image indices and epochs allow."""
@@ -123,6 +124,10 @@ def load_images(artifacts: Artifacts, manifest: Manifest, base: str, upto: int |
         shards.append(read_image_set(artifacts.read(manifest, name), where))
         if upto is not None and shards[-1].columns["image_index"][-1].as_py() + 1 >= upto:
             break
+    if not shards:
+        raise ArtifactError(
+            f"{artifacts.store.display(manifest.stage)}/{MANIFEST} names no file of {base}; remove its folder to make it anew"
+        )
     return joined(shards)
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +29,8 @@ class Store:
 
     def __init__(self, root: str):
         self.root = str(root)
+        if not self.root:
+            raise ArtifactError("an empty name is no place for results; give a directory or an s3://bucket/prefix URI")
         self.is_local = not is_uri(self.root)
         if self.is_local:
             self.root = str(Path(self.root).expanduser().absolute())  # other processes have other working directories
@@ -129,6 +131,31 @@ class Store:
         with source.open(there) as stream, self.writer(here) as copy:
             while part := stream.read(PART_BYTES):
                 copy.write(part)
+
+    def require_writable(self) -> None:
+        """Raise ArtifactError when the root is no directory that can be written; what it takes to find out is removed again.
+
+        An object store is not asked.
+        """
+        if not self.is_local:
+            return
+        made: list[Path] = []
+        try:
+            root = Path(self._base)
+            missing = [folder for folder in (root, *root.parents) if not os.path.lexists(folder)]
+            for folder in reversed(missing):
+                folder.mkdir()
+                made.append(folder)
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.root} cannot be written ({error.strerror or error}); give another directory"
+            ) from None
+        finally:
+            for folder in reversed(made):
+                with suppress(OSError):
+                    folder.rmdir()
 
     def root_is_file(self) -> bool:
         """Return whether a file lies where the root should be."""

@@ -22,7 +22,7 @@ import pyarrow as pa
 from cvdd_ray.data.cache import kept
 from cvdd_ray.data.folders import EXTENSIONS
 from cvdd_ray.data.images import REMOTE_THREADS, THREADS, BadImage, digest
-from cvdd_ray.data.listing import Listing, one_line, short
+from cvdd_ray.data.listing import Listing, numbered, one_line, short
 from cvdd_ray.data.remote import Remote, RemoteFile, below, is_uri, without_secrets
 from cvdd_ray.errors import DataError
 from cvdd_ray.recipes import without_login
@@ -70,7 +70,7 @@ def list_webdataset(
         )
     indices = {name: _indices(splits[name]) for name in ("train", test)}
     labels = {name: np.concatenate([table["label"].to_numpy() for table in tables]) for name, tables in indices.items()}
-    classes = lines or tuple(given or ()) or tuple(map(str, range(num_classes or int(labels["train"].max()) + 1)))
+    classes = lines or tuple(given or ()) or numbered(labels["train"], num_classes, f"{root} (train)")
     return tuple(
         Listing(
             f"{root} ({name}, {len(splits[name])} tar files)", classes, labels[name], _members(splits[name], indices[name])
@@ -263,14 +263,14 @@ def _label(content: bytes, extension: str, where: str) -> int | None:
     """Return the label in a .cls or .json member, None where JSON has none."""
     try:
         value = json.loads(content) if extension == ".json" else int(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = content[:20].decode("utf-8", "replace")
     if isinstance(value, dict):
         if "label" not in value:
             return None
         value = value["label"]
-    if type(value) is not int:  # True is an int, too
-        raise DataError(f"{where} says {value!r}, but a label must be an integer; correct it")
+    if type(value) is not int or not -(2**63) <= value < 2**63:  # True is an int, too
+        raise DataError(f"{where} says {repr(value)[:40]}, but a label must be an integer (from 0 on); correct it")
     return value
 
 

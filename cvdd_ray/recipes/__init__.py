@@ -57,6 +57,8 @@ def parse_config(
     text: str | bytes, name: str, overrides: Iterable[str] = (), *, model: type[Config] = RunConfig
 ) -> Config:  # fmt: skip
     """Return the checked configuration in YAML text without a base; `name` is used in messages.  Raises ConfigError."""
+    if not text.strip():
+        raise ConfigError(f"{name}: is empty, but should hold all settings of a run; name a recipe, or restore it")
     return _with_overrides(_parse(text, name), overrides, model)
 
 

@@ -89,6 +89,7 @@ def sweep(
     _refuse_another(config, store, overwrite)
     check(first)
     _check_points(config, first)
+    store.require_writable()
     callbacks = [DisplayCallback(), *(LOGGERS[name](f"cvdd-{Path(out).name}") for name in config.sweep.loggers)]
     machinery = SEARCHERS[config.sweep.search](config), SCHEDULERS[config.sweep.scheduler](config), callbacks
     if overwrite:

@@ -22,7 +22,7 @@ from cvdd_ray.data.layouts import (
 )
 from cvdd_ray.data.shards import image_batches, label_batches
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ConfigError
+from cvdd_ray.errors import ConfigError, require_within
 from cvdd_ray.recipes import dump_config
 from cvdd_ray.stages.card import Table, folder_card, hub_card, webdataset_card
 from cvdd_ray.stages.context import Progress, Silent
@@ -49,13 +49,17 @@ def export(
     """
     if to not in LAYOUTS:
         raise ConfigError(f"--to {to}: unknown layout; choose one of {', '.join(LAYOUTS)}")
-    if shard_mb <= 0:
-        raise ConfigError(f"--shard-mb {shard_mb:g}: give a size above 0 in MiB")
+    require_within("--shard-mb", shard_mb, 0.001, 1e6)
+    require_within("--ipc", ipc, 1, 1_000_000)
     progress = progress or Silent()
     source = read_publishable(path, ipc)
     if to != "hub" and len(source.sets) > 1:
         there = ", ".join(str(one.ipc) for one in source.sets)
         raise ConfigError(f"--to {to} takes one IPC, the run has {there}; name one with --ipc")
+    if source.reader.store.is_local:  # before anything is shown or written; they are not read through again
+        for manifest in source.stages().values():
+            for name in manifest.files:
+                source.reader.artifacts.verify(manifest, name)
     with published_folder(dest, overwrite) as folder:
         for line in source.missing:
             progress.say(line)

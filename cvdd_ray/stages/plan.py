@@ -10,7 +10,7 @@ from cvdd_ray.config import RunConfig
 from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.models import require_batchnorm
 from cvdd_ray.data.outlines import outline
-from cvdd_ray.errors import ConfigError
+from cvdd_ray.errors import ConfigError, require_within
 from cvdd_ray.recipes import with_settings
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.groupwork import fits
@@ -151,9 +151,8 @@ def plan(
     adds how busy 1 to 256 GPUs would be in synthesis, for both placements; `wire` says what messages take.
     Raises ConfigError for settings that a run would refuse, too, and for an unknown GPU.
     """
-    for name, given in (("nodes", nodes), ("gpus-per-node", gpus_per_node)):
-        if given < 1:
-            raise ConfigError(f"--{name} {given}: give at least 1")
+    require_within("--nodes", nodes, 1, 10_000)
+    require_within("--gpus-per-node", gpus_per_node, 1, 100)
     speed = _stated_speed(gpu, utilization, flops_per_s, calibrate)
     if calibrate and work_device().type == "cpu":  # cores stand in for GPUs, and no task takes a part of one
         config = with_settings(config, {"runtime.gpus_per_actor": 0})
@@ -212,8 +211,7 @@ def _stated_speed(
     if utilization is not None and not assumed:
         raise ConfigError("--utilization is a share of the peak of --gpu; it has no effect with another speed or none")
     if flops_per_s is not None:
-        if not flops_per_s > 0:
-            raise ConfigError(f"--flops-per-s {flops_per_s:g}: give what one GPU sustains, e.g. 2e13")
+        require_within("--flops-per-s", flops_per_s, 1e6, 1e18)
         return Speed(flops_per_s, f"given: {flops_per_s / 1e12:g} TFLOP/s sustained by one GPU")
     if not assumed:
         return None

@@ -58,7 +58,7 @@ def outcome_of(case: Bad, folder: Path) -> Outcome:
     case.prepare(folder)
     before = snapshot(folder)
     words = [word.format(out="out") for word in shlex.split(case.command)]
-    with _inside(folder):
+    with _inside(folder), tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, CVDD_RAY_CACHE=cache):
         code, stderr = call(words)
     after = snapshot(folder)
     return Outcome(code, stderr, sorted(name for name in before | after if before.get(name) != after.get(name)))

@@ -5,10 +5,16 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import bad_artifacts
+import bad_commands
 import bad_configs
+import bad_data
+import bad_weights
 from badinput import Bad, Outcome, normalised, outcome_of
 
-CASES: list[Bad] = [*bad_configs.CASES]
+CASES: list[Bad] = [
+    case for part in (bad_commands, bad_configs, bad_data, bad_weights, bad_artifacts) for case in part.CASES
+]
 MESSAGES = Path(__file__).parent / "MESSAGES.md"
 HEAD = """# Bad inputs and what is said of them
 

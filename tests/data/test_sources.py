@@ -593,7 +593,7 @@ def test_parquet_wrong_contents(tmp_path):
     assert "no readable Parquet file" in failure(parquet(tmp_path / "broken"))
     plain = pa.table({"image": [b"x"], "label": [0]})
     pq.write_table(plain, broken)
-    assert "must be struct<bytes, path>" in failure(parquet(tmp_path / "broken"))
+    assert "must be struct<bytes: binary, path>" in failure(parquet(tmp_path / "broken"))
     pq.write_table(pa.table({"image": [{"bytes": b"x"}], "label": [0.5]}), broken)
     assert "must be an integer" in failure(parquet(tmp_path / "broken"))
 
