@@ -123,7 +123,9 @@ def save_label(folder: Path, plan: BatchPlan, logits_BK: Tensor) -> None:
 
 def load_label(folder: Path, batch: int) -> tuple[BatchPlan, Tensor]:
     """Return the (plan, logits_BK in float16) of a batch, as `save_label` wrote them."""
-    index_B, boxes_B4, flips_B, rolls_B2, partner_B, box, logits_BK = torch.load(folder / f"batch_{batch}.tar")
+    index_B, boxes_B4, flips_B, rolls_B2, partner_B, box, logits_BK = torch.load(
+        folder / f"batch_{batch}.tar", weights_only=True
+    )
     return BatchPlan(0, batch, index_B, Views(boxes_B4, flips_B, rolls_B2), partner_B, tuple(box)), logits_BK
 
 

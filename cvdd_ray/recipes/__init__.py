@@ -97,7 +97,7 @@ def without_logins(text: str) -> str:
 def _with_overrides(settings: dict[str, Any], overrides: Iterable[str], model: type[Config]) -> Config:
     for override in overrides:
         path, sign, text = override.partition("=")
-        asked = f"--set {override}"
+        asked = f"--set {' '.join(override.split())}"
         if not sign or "" in path.split("."):
             raise ConfigError(f"{asked}: give section.key=value, e.g. --set synthesize.iterations=500")
         _set(settings, path, read_yaml(text, asked, "quote it, e.g. 'ipc=[1, 10]'"), asked)

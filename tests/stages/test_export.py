@@ -266,7 +266,7 @@ def test_equal_runs_give_equal_bytes(finished, tmp_path, to):
 
 BAD = [
     ({"to": "zip"}, r"--to zip: unknown layout; choose one of hub, imagefolder, webdataset"),
-    ({"shard_mb": 0}, r"--shard-mb 0: give a size above 0"),
+    ({"shard_mb": 0}, r"--shard-mb 0: give at least"),
     ({"ipc": 7}, r"has distilled sets for IPC 2; name one with --ipc"),
     ({"path": "/no/such/run"}, r"/no/such/run holds no run"),
 ]
