@@ -144,6 +144,9 @@ CASES = [
     _set("no classes", "data.classes=[]", "data.classes"),
     _set("a control character in a path", 'data={source: folder, dataset: cifar10, path: "a\\0b"}', "control character"),
     _set("half a character", 'data={source: folder, dataset: cifar10, path: "\\ud800"}', "character"),
+    _set("a secret where a mapping should be", "committee.weights=s3://AKIAKEY:se/cret@bucket/w.pth", "committee.weights"),
+    _set("a secret in a name that no key has", "data.s3=s3://AKIAKEY:se/cret@bucket/x", "data.s3: unknown key"),
+    _set("a secret that is no YAML", "data.path=[s3://AKIAKEY:se/cret@bucket/x", "cannot be read as YAML"),
     # settings that contradict each other
     _set("download of a folder", "data={source: folder, dataset: cifar10, path: ., download: true}", "data.download"),
     _set("a data set that is another's", "data={source: cifar10, path: ., dataset: cifar100}", "contradicts"),

@@ -37,6 +37,8 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(case_id):
     assert outcome.lines[0].startswith("error: ")
     assert BY_ID[case_id].says in outcome.stderr
     assert "Traceback" not in outcome.stderr
+    assert "AKIAKEY" not in outcome.stderr
+    assert "se/cret" not in outcome.stderr
     assert outcome.changed == []
 
 
