@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test test-cluster dry-run messages lint format clean
+.PHONY: demo test test-cluster chaos dry-run messages lint format clean
 demo: $(VENV)/installed  ## distil the bundled digits, 5 to 8 minutes on 2 cores
 	$(BIN)/cvdd run digits-demo --out runs/demo
 
@@ -13,6 +13,9 @@ test: $(VENV)/installed  ## all tests, no GPU or network needed
 
 test-cluster: $(VENV)/installed  ## three machines in network namespaces; needs root, Linux, sshd and rsync
 	$(BIN)/pytest -m cluster tests/cluster
+
+chaos: $(VENV)/installed  ## faults at random moments; what comes out is compared with an undisturbed run; begins nothing new after 25 minutes
+	$(BIN)/python tests/chaos/chaos.py
 
 dry-run: $(VENV)/installed  ## ImageNet-1K's 1,000 classes, jobs and shards with tiny images
 	$(BIN)/python tests/scale/dry_run.py
