@@ -13,7 +13,7 @@ from cvdd_ray.sweepconfig import SweepConfig, load_sweep, named, settings_of
 TUNE_CONFIGS = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
 PROMISED = {
     "temperature", "schedule", "learning_rate", "post_eval", "voter_temperature", "voters", "bssl", "committee",
-    "students", "eta", "pbt", "demo", "labels", "experts", "augmentation", "architectures",
+    "students", "eta", "pbt", "demo", "labels", "experts", "augmentation", "architectures", "cross",
 }  # fmt: skip
 
 
