@@ -2,8 +2,9 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from cvdd_ray.evaluateconfig import EvaluateConfig
 from cvdd_ray.fields import (
     AreaRange,
     Beta,
@@ -15,13 +16,13 @@ from cvdd_ray.fields import (
     PositiveFloat,
     Section,
     Whole,
-    unrepeated,
+    Width,
 )
 from cvdd_ray.labelconfig import RelabelConfig
+from cvdd_ray.matchingconfig import MatchingConfig
 from cvdd_ray.runtimeconfig import RuntimeConfig, StorageConfig
 
 MAX_SIDE = 2048  # pixels; networks are made for at most 224 or so
-Width = Annotated[Number, Field(gt=0, le=16)]  # of the published channels; more would not fit anywhere
 CropSchedule = Literal["constant", "cosine", "linear", "step"]
 Color = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
@@ -79,7 +80,7 @@ class CommitteeConfig(Section):
 
 
 class PretrainConfig(Section):
-    LATER: ClassVar[tuple[str, ...]] = ("warmup_epochs",)
+    LATER: ClassVar[tuple[str, ...]] = ("warmup_epochs", "schedule")
 
     epochs: Positive = 200
     """Passes over the train split (without hold-out)."""
@@ -95,6 +96,8 @@ class PretrainConfig(Section):
     """T_max of the cosine schedule in epochs; None: `epochs` (the published ImageNette script uses 100 of 300)."""
     warmup_epochs: Count = 0
     """Epochs of linear climb before the cosine, which then has so many fewer."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate (constant: G-VBSM on CIFAR)."""
     crop: Literal["pad", "random_resized"] = "pad"
     """Train augmentation: random crop after zero-padding by `pad` pixels, or random resized crop."""
     pad: Count = 4
@@ -104,6 +107,8 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.schedule == "constant" and (self.cosine_epochs or self.warmup_epochs):
+            raise ValueError("cosine_epochs and warmup_epochs have no effect with schedule 'constant'; leave them out")
         if self.warmup_epochs >= (self.cosine_epochs or self.epochs):
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs} must be fewer than the {self.cosine_epochs or self.epochs} epochs"
@@ -144,6 +149,8 @@ class PriorConfig(Section):
 
 
 class VotingConfig(Section):
+    LATER: ClassVar[tuple[str, ...]] = ("turns",)
+
     size: Positive = 2
     """Experts that vote on one image (N of the paper)."""
     selection: Literal["auto", "fixed", "top", "enumerate", "random"] = "auto"
@@ -156,6 +163,8 @@ class VotingConfig(Section):
     """Vote weights: softmax(prior / temperature), 1/N, or random drawn once per image index."""
     temperature: PositiveFloat = 5.0
     """Softmax temperature over priors in percent."""
+    turns: bool = False
+    """Voters of an image take turns, one in every iteration with all the weight (G-VBSM), instead of voting together."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -165,14 +174,17 @@ class VotingConfig(Section):
             raise ValueError(f"fixed names {len(self.fixed)} experts, but size is {self.size}")
         if self.fixed and self.selection not in ("fixed", "auto"):
             raise ValueError(f"fixed has no effect with selection {self.selection!r}")
+        if self.turns and (self.size == 1 or self.weighting != "equal"):
+            raise ValueError("turns needs size of at least 2 and weighting 'equal', since one votes at a time")
         return self
 
 
 class InitializeConfig(Section):
     LATER: ClassVar[tuple[str, ...]] = ("pool",)
 
-    method: Literal["patches", "real", "noise"] = "patches"
-    """Starting images: RDED patches of real images, whole real images, or N(0,1) in normalised space."""
+    method: Literal["patches", "real", "k_center", "herding", "noise"] = "patches"
+    """Starting images: RDED patches of real images, whole real images (a random choice, or by the observer's features, class
+    by class: greedy k-centre, herding), or N(0,1) in normalised space."""
     difficulty: Literal["easy", "medium", "hard"] = "medium"
     """Rank window of the scored patches: lowest, middle or highest observer loss (spec section 4)."""
     factor: Positive | None = None
@@ -180,9 +192,9 @@ class InitializeConfig(Section):
     num_crops: Positive = 5
     """Random crops scored per real image."""
     images_per_class: Positive = 300
-    """Real images scored per class."""
+    """Real images per class that are scored, or chosen from by features."""
     observer: str | None = None
-    """Expert that scores the patches; None: the first of the committee."""
+    """Expert that scores the patches, or whose features count; None: the first of the committee."""
     pool: Positive | None = None
     """Choose patches as for so many images per class, of which a smaller IPC takes the first: sets of different IPC are then
     nested (decision 27). None: as for the IPC itself."""
@@ -195,7 +207,10 @@ class InitializeConfig(Section):
 
 
 class SynthesizeConfig(Section):
-    LATER: ClassVar[tuple[str, ...]] = ("crop_schedule", "crop_milestone", "roll_both_ways")
+    LATER: ClassVar[tuple[str, ...]] = (
+        "crop_schedule", "crop_milestone", "roll_both_ways", "crop", "pad", "class_together", "densification",
+        "densification_temperature", "matching",
+    )  # fmt: skip
 
     iterations: Count = 4000
     """Adam steps per image; 0: the starting images are the result (RDED)."""
@@ -228,108 +243,40 @@ class SynthesizeConfig(Section):
     """Iterations between checkpoints of an unfinished group."""
     image_format: Literal["png", "jpeg75_trunc"] = "png"
     """Lossless PNG, or the published code's truncation and JPEG quality 75 (parity flag)."""
+    crop: Literal["random_resized", "pad"] = "random_resized"
+    """What `augment` crops: a random resized crop, or the image moved by up to `pad` pixels with zeros around."""
+    pad: Count = 4
+    """Largest shift of crop `pad` in pixels."""
+    class_together: bool = False
+    """All images of a class are optimised together, class by class, with those of the chunk's other classes (G-VBSM),
+    instead of one image of every class. They must have the same voters."""
+    densification: NonNegative = 0.0
+    """Weight of a term that keeps the images of a class apart: KL(softmax(l / temperature) || softmax(l)) of the eigenvalues
+    l of their products. Needs class_together; nothing at IPC 1."""
+    densification_temperature: PositiveFloat = 4.0
+    """Temperature of that term."""
+    matching: MatchingConfig = MatchingConfig()
+    """Which statistics bn_weight weighs; first_bn_multiplier is the first one's, convolutions included."""
 
     @model_validator(mode="after")
     def _check(self):
         if self.crop_schedule == "constant" and self.crop_milestone != 1:
             raise ValueError("crop_milestone has no effect with crop_schedule 'constant'; leave it out")
+        shifts, scale = self.crop == "pad", type(self).model_fields["crop_scale"].default
+        if shifts and (not self.augment or self.crop_scale != scale or self.crop_schedule != "constant"):
+            raise ValueError(
+                "crop 'pad' needs augment, and knows no crop_scale and crop_schedule; leave one of them out"
+            )
+        if not shifts and self.pad != type(self).model_fields["pad"].default:
+            raise ValueError(f"pad {self.pad} has no effect with crop {self.crop!r}; set crop=pad or leave it out")
+        if self.densification and not self.class_together:
+            raise ValueError(
+                "densification has no effect without class_together, which puts images of a class together"
+            )
+        if self.densification_temperature != 4.0 and not self.densification:
+            raise ValueError("densification_temperature has no effect without densification")
         if self.crop_schedule != "constant" and not self.augment:
             raise ValueError(f"crop_schedule {self.crop_schedule!r} has no effect without augment; leave it out")
-        return self
-
-
-class Phase(Section):
-    """Training settings that change from an epoch on; None: as before."""
-
-    from_epoch: Positive
-    """First epoch (0-based) that has the new settings."""
-    lr: PositiveFloat | None = None
-    """AdamW learning rate."""
-    weight_decay: NonNegative | None = None
-    """AdamW weight decay."""
-    eta: PositiveFloat | None = None
-    """Stretch of the schedule."""
-    temperature: PositiveFloat | None = None
-    """Temperature of the KL divergence."""
-
-    def changes(self) -> dict[str, float]:
-        """Return what changes, by name."""
-        return self.model_dump(exclude={"from_epoch"}, exclude_none=True)
-
-    @model_validator(mode="after")
-    def _check(self):
-        if not self.changes():
-            raise ValueError(
-                f"changes nothing from epoch {self.from_epoch} on; name one of {', '.join(MUTABLE_SETTINGS)}"
-            )
-        return self
-
-
-MUTABLE_SETTINGS = tuple(name for name in Phase.model_fields if name != "from_epoch")  # may change in mid-training
-
-
-Baseline = Literal[
-    "random_hard", "random_soft", "start_soft", "eval_labels", "distilled_hard", "distilled_plain", "random_plain", "real_hard"
-]  # fmt: skip
-
-
-class EvaluateConfig(Section):
-    students: Names = ("resnet18",)
-    """Networks trained from scratch on the distilled set."""
-    width: Width | None = None
-    """Channel multiplier of the students; None: the committee's."""
-    epochs: Positive | None = None
-    """Passes over the distilled set; None: relabel.epochs."""
-    lr: PositiveFloat = 1e-3
-    """AdamW learning rate."""
-    weight_decay: NonNegative = 0.01
-    """AdamW weight decay on weights with more than one dimension; 0 elsewhere."""
-    eta: PositiveFloat = 1.0
-    """Stretch of the schedule, stepped per epoch; cosine: lr(e) = lr/2 (1 + cos(pi e / (E eta)))."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate; `linear`: lr(e) = lr (1 - e / (E eta)); `constant` knows no eta."""
-    warmup_epochs: Count = 0
-    """Epochs of linear climb before the schedule, which then has the rest of the epochs."""
-    phases: tuple[Phase, ...] = ()
-    """Settings that change during the training, in rising order: the schedule a population-based sweep has found."""
-    temperature: PositiveFloat = 20.0
-    """Temperature of the KL divergence (no T squared factor)."""
-    seeds: Positive = 3
-    """Students per row of the table; mean and standard deviation are over them."""
-    first_seed: Count = 0
-    """Number of the first student: others are other students (a sweep's final test takes fresh ones)."""
-    test_every: Positive = 10
-    """Epochs between test evaluations; the last epoch is always tested."""
-    workers: Positive = 1
-    """Processes that train one student together, with a GPU each where there are GPUs: the micro-batches of a batch are
-    dealt to them, so at most batch_size / bn_group. Same student up to the last bits of sums; needs Ray."""
-    checkpoint_minutes: NonNegative = 5.0
-    """Minutes between checkpoints of a student in training, written at the end of an epoch; 0: after every epoch."""
-    baselines: Annotated[tuple[Baseline, ...], AfterValidator(unrepeated)] = (
-        "random_hard",
-        "random_soft",
-        "start_soft",
-        "eval_labels",
-    )
-    """Rows beside ours at equal IPC: random real images with hard labels, the same with our soft labels, the starting
-    images with our soft labels, our images with eval-mode labels. More: our images with hard labels (`distilled_hard`); ours
-    and random ones with soft labels of whole images, without augmentation (`..._plain`); students trained as section
-    `pretrain` says on all real images with hard labels, the ceiling (`real_hard`)."""
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.schedule == "constant" and self.eta != 1:
-            raise ValueError(f"eta {self.eta:g} has no effect with schedule 'constant'; leave it at 1")
-        lowest = min([self.eta, *(phase.eta for phase in self.phases if phase.eta is not None)])
-        if self.schedule == "linear" and lowest < 1:
-            raise ValueError(f"eta {lowest:g} would take schedule 'linear' below 0; use at least 1")
-        if self.warmup_epochs and self.epochs is not None and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than the {self.epochs} epochs")
-        starts = [phase.from_epoch for phase in self.phases]
-        if starts != sorted(set(starts)):
-            raise ValueError(f"phases must begin at rising epochs, got {starts}")
-        if len(set(self.baselines)) != len(self.baselines):
-            raise ValueError(f"baselines must be different rows, got {list(self.baselines)}")
         return self
 
 
@@ -366,6 +313,10 @@ class RunConfig(Section):
                 f"evaluate.baselines has {plain[0]}, but nothing is augmented with relabel.cutmix and data.flip false and "
                 f"relabel.crop_scale [1, 1]; drop it"
             )
+        if self.evaluate.loss == "mse_gt" and self.relabel.top_k:
+            raise ValueError(
+                "evaluate.loss mse_gt compares every logit, relabel.top_k leaves some out; drop one of the two"
+            )
         if self.evaluate.epochs is not None and self.evaluate.epochs > self.relabel.epochs:
             raise ValueError(
                 f"evaluate.epochs {self.evaluate.epochs} is more than relabel.epochs {self.relabel.epochs}; "
@@ -380,6 +331,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"evaluate.phases: from_epoch {late[0]} is past the last of {self.student_epochs} epochs and has no effect; "
                 f"leave the phase out"
+            )
+        v = self.voting
+        if (
+            self.synthesize.class_together
+            and v.selection not in ("fixed", "top")
+            and v.size < len(self.committee.experts)
+        ):
+            raise ValueError(
+                f"synthesize.class_together optimises all images of a class with the same voters, but voting.selection "
+                f"{v.selection!r} picks them image by image; use 'fixed' or 'top', or voting.size={len(self.committee.experts)}"
             )
         if self.evaluate.workers > 1 and self.runtime.engine == "local":
             raise ValueError(

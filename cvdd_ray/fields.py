@@ -23,6 +23,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
+Width = Annotated[Number, Field(gt=0, le=16)]  # of the published channels; more would not fit anywhere
 
 
 def _ordered(scale: tuple[float, float]) -> tuple[float, float]:

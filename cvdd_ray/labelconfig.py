@@ -8,7 +8,9 @@ from cvdd_ray.fields import AreaRange, Names, Positive, PositiveFloat, Section
 
 
 class RelabelConfig(Section):
-    LATER: ClassVar[tuple[str, ...]] = ("stored_epochs", "precision", "top_k", "tail", "online")
+    STORAGE: ClassVar[tuple[str, ...]] = ("stored_epochs", "precision", "top_k", "tail", "online")
+    """Which labels are stored, and how."""
+    LATER: ClassVar[tuple[str, ...]] = (*STORAGE, "rescale")
 
     teachers: Names | None = None
     """Experts that write the soft labels; None: the whole committee."""
@@ -16,6 +18,8 @@ class RelabelConfig(Section):
     """Teacher weights: softmax(prior / temperature), or 1/K."""
     temperature: PositiveFloat = 10.0
     """Softmax temperature over priors in percent."""
+    rescale: bool = False
+    """Bring every teacher's logits of a batch to the mean of the teachers' Frobenius norms before they are added (G-VBSM)."""
     batchnorm: Literal["batch", "eval"] = "batch"
     """`batch`: BSSL, every BatchNorm uses its group's own statistics; `eval`: running statistics."""
     scope: Literal["bn", "full"] = "bn"
@@ -69,9 +73,11 @@ class RelabelConfig(Section):
             raise ValueError(
                 f"stored_epochs {self.stored_epochs} has no effect with {self.epochs} epochs; use fewer, or leave it out"
             )
+        if self.rescale and self.teachers is not None and len(self.teachers) == 1:
+            raise ValueError("rescale has no effect with one teacher; leave it out")
         if self.tail != "drop" and self.top_k is None:
             raise ValueError(f"tail {self.tail!r} has no effect without top_k; set top_k or leave it out")
-        idle = [name for name in self.LATER if name not in self.unused() and name != "online"]
+        idle = [name for name in self.STORAGE if name not in self.unused() and name != "online"]
         if self.online and idle:
             raise ValueError(f"{idle[0]} has no effect with online labels, which are not stored; leave it out")
         if self.scope == "full" and self.batchnorm == "eval":

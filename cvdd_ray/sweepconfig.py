@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cvdd_ray.config import MUTABLE_SETTINGS, RunConfig
+from cvdd_ray.config import RunConfig
 from cvdd_ray.errors import ConfigError
+from cvdd_ray.evaluateconfig import MUTABLE_SETTINGS
 from cvdd_ray.fields import Count, NonNegative, Number, Positive, Section
 from cvdd_ray.recipes import load_config, with_settings, without_place
 from cvdd_ray.space import MAX_GRID, SEVERAL, Domain, Space, flat, label, samples

@@ -12,6 +12,8 @@ LAYERS = {
     "fields": 0,
     "labelconfig": 0,
     "runtimeconfig": 0,
+    "evaluateconfig": 0,
+    "matchingconfig": 0,
     "space": 0,
     "sweepconfig": 0,
     "yamltext": 0,

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from cvdd_ray.config import RunConfig
 from cvdd_ray.core.augment import Views
 from cvdd_ray.core.softlabels import BatchPlan, group_sizes
+from cvdd_ray.errors import ConfigError
 
 
 class StatisticsHook:
@@ -37,6 +39,27 @@ class StatisticsHook:
 
     def close(self) -> None:
         self._handle.remove()
+
+
+def require_known(c: RunConfig, work: str) -> None:
+    """Raise ConfigError for settings of a kind of work (any but these: synthesis) that this reference does not know: those of
+    other methods."""
+    s = c.synthesize
+    other = {
+        "pretrain": {},
+        "relabel": {"relabel.rescale": c.relabel.rescale},
+        "evaluate": {
+            "evaluate.loss": c.evaluate.loss != "kl", "evaluate.ema": c.evaluate.ema > 0,
+            "evaluate.optimizer": c.evaluate.optimizer != "adamw",
+        },
+    }  # fmt: skip
+    synthesis = {
+        "synthesize.matching": s.matching.convolutions, "synthesize.class_together": s.class_together,
+        "synthesize.crop": s.crop == "pad", "voting.turns": c.voting.turns,
+    }  # fmt: skip
+    unknown = [name for name, used in other.get(work, synthesis).items() if used]
+    if unknown:
+        raise ConfigError(f"bench {work}: the plain reference knows no {unknown[0]}; leave it out, or name other work")
 
 
 def distill_job(

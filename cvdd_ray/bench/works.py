@@ -65,6 +65,11 @@ class SynthesisWork:
         flops = sum(vote_cost(self.experts[name], 1, images).flops for name, images in votes)
         return flops / sum(len(job.labels) for job in self.jobs)
 
+    @property
+    def plain(self) -> dict[str, float]:
+        """What a voter of either side needs besides weights."""
+        return {"bn_weight": self.voter.bn_weight, "first_bn_multiplier": self.voter.first_bn_multiplier}
+
     def start_of(self, job: Job) -> torch.Tensor:
         draw = torch.Generator().manual_seed(job.image_index)
         return torch.randn((len(job.labels), 3, self.size, self.size), generator=draw).to(work_device())
@@ -74,7 +79,7 @@ class SynthesisWork:
 
 
 def our_synthesis(work: SynthesisWork) -> Round:
-    voters = {name: Voter(random_network(network), **vars(work.voter)) for name, network in work.experts.items()}
+    voters = {name: Voter(random_network(network), **work.plain) for name, network in work.experts.items()}
     committee = LocalCommittee(voters)
 
     def round_() -> int:
@@ -96,7 +101,7 @@ def plain_synthesis(work: SynthesisWork) -> Round:
                 [experts[name] for name in job.voters], job.weights, work.start_of(job),
                 torch.tensor(job.labels, device=work_device()), iterations=s.iterations, lr=s.lr, betas=s.betas,
                 roll=s.roll, low_C=s.low_C, high_C=s.high_C, augment=s.augment, flip=s.flip, crop_scale=s.crop_scale,
-                **vars(work.voter),
+                **work.plain,
             )  # fmt: skip
         return work.units()
 
@@ -359,6 +364,8 @@ def bench(
         )
     if ipc is not None and set(what) == {"pretrain"}:
         raise ConfigError(f"--ipc {ipc} has no effect on pretrain alone; leave it out")
+    for name in what:
+        reference.require_known(config, name)
     run, results = unreal_run(config, num_classes), {}
     for name in (name for name in what if name in KINDS):
         kind = KINDS[name]

@@ -61,11 +61,15 @@ def draw_boxes(
 
 def draw_views(
     num: int, size: int, generator: torch.Generator, *, crop: bool, flip: bool, roll: int, scale=(0.08, 1.0),
-    roll_both_ways: bool = False,
+    roll_both_ways: bool = False, pad: int | None = None,
 ) -> Views:  # fmt: skip
     """Draw `num` views of size x size images; `scale` as in `draw_boxes`. The roll is uniform over {0..roll} squared, never
-    negative (spec 5.3), or over {-roll..roll} squared (spec 9.1)."""
-    if crop:
+    negative (spec 5.3), or over {-roll..roll} squared (spec 9.1). With `pad` a crop is a shift by up to so many pixels, with
+    zeros where it leaves the image (spec 9.4)."""
+    if crop and pad is not None:
+        corners_N2 = torch.randint(2 * pad + 1, (num, 2), generator=generator) - pad
+        boxes_N4 = torch.cat([corners_N2, torch.full((num, 2), size)], 1)
+    elif crop:
         boxes_N4 = draw_boxes(num, size, size, generator, scale)
     else:
         boxes_N4 = torch.tensor([0, 0, size, size]).repeat(num, 1)
@@ -76,7 +80,8 @@ def draw_views(
 
 def resample_matrix(start_N: Tensor, length_N: Tensor, in_size: int, out_size: int) -> Tensor:
     """Return matrices_NSH (float32) that cut [start, start+length) out of `in_size` pixels and resize it bilinearly to
-    `out_size`, with antialiasing where it shrinks: a triangle filter, normalised inside the cut."""
+    `out_size`, with antialiasing where it shrinks: a triangle filter, normalised inside the cut. What lies outside of the
+    image is 0."""
     step_N = length_N.double() / out_size
     support_N11 = step_N.clamp(min=1.0)[:, None, None]
     centre_NS1 = ((torch.arange(out_size, device=step_N.device) + 0.5)[None, :] * step_N[:, None])[:, :, None]
@@ -84,7 +89,7 @@ def resample_matrix(start_N: Tensor, length_N: Tensor, in_size: int, out_size: i
     inside_N1H = (pixel_H >= start_N[:, None]) & (pixel_H < (start_N + length_N)[:, None])
     offset_N1H = (pixel_H - start_N[:, None])[:, None, :] + 0.5
     weight_NSH = (1.0 - (offset_N1H - centre_NS1).abs() / support_N11).clamp(min=0.0) * inside_N1H[:, None, :]
-    return (weight_NSH / weight_NSH.sum(2, keepdim=True)).float()
+    return (weight_NSH / weight_NSH.sum(2, keepdim=True).clamp(min=1e-9)).float()
 
 
 def view_matrices(views: Views, height: int, width: int, size: int) -> tuple[Tensor, Tensor]:

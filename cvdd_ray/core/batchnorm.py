@@ -46,13 +46,32 @@ class _AffineWithMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_NCHW, dmean_GC, dvar_GC):
         x_NCHW, scale_C, mean_GC = ctx.saved_tensors
-        num_groups = len(mean_GC)
-        values_per_channel = x_NCHW.numel() // (num_groups * x_NCHW.shape[1])
-        slope_GC = dvar_GC * (2.0 / values_per_channel)
-        offset_GC = dmean_GC / values_per_channel - slope_GC * mean_GC
-        grouped = x_NCHW.unflatten(0, (num_groups, -1))
-        dx = torch.addcmul(offset_GC[:, None, :, None, None], grouped, slope_GC[:, None, :, None, None]).flatten(0, 1)
+        dx = _moments_gradient(x_NCHW, mean_GC, dmean_GC, dvar_GC)
         return dx.addcmul_(dy_NCHW, scale_C[:, None, None]), None, None, None
+
+
+class GroupMoments(torch.autograd.Function):
+    """`group_moments` of (x_NCHW, num_groups) with a gradient."""
+
+    @staticmethod
+    def forward(ctx, x_NCHW, num_groups):
+        mean_GC, var_GC = group_moments(x_NCHW, num_groups)
+        ctx.save_for_backward(x_NCHW, mean_GC)
+        return mean_GC, var_GC
+
+    @staticmethod
+    def backward(ctx, dmean_GC, dvar_GC):
+        return _moments_gradient(*ctx.saved_tensors, dmean_GC, dvar_GC), None
+
+
+def _moments_gradient(x_NCHW: Tensor, mean_GC: Tensor, dmean_GC: Tensor, dvar_GC: Tensor) -> Tensor:
+    """Return what gradients of the group moments of x are as a gradient of x."""
+    num_groups = len(mean_GC)
+    values_per_channel = x_NCHW.numel() // (num_groups * x_NCHW.shape[1])
+    slope_GC = dvar_GC * (2.0 / values_per_channel)
+    offset_GC = dmean_GC / values_per_channel - slope_GC * mean_GC
+    grouped = x_NCHW.unflatten(0, (num_groups, -1))
+    return torch.addcmul(offset_GC[:, None, :, None, None], grouped, slope_GC[:, None, :, None, None]).flatten(0, 1)
 
 
 class MatchingBatchNorm(nn.Module):
@@ -97,6 +116,26 @@ class _LayerNorms(torch.autograd.Function):
         return difference_GS * share_GL[:, layer_S], None, None
 
 
+class LayerNorms:
+    """L2 norms over stretches of `sizes` channels that lie side by side; where a norm is 0, so is its gradient."""
+
+    def __init__(self, sizes: Sequence[int], device: torch.device):
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        place_LC = torch.full((len(sizes), max(sizes)), sum(sizes))
+        for index, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            place_LC[index, :size] = torch.arange(start, start + size)
+        self._place_LC = place_LC.to(device)
+        self._layer_S = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+
+    def __call__(self, difference_GS: Tensor) -> Tensor:
+        """Return norms_GL."""
+        return _LayerNorms.apply(difference_GS, self._place_LC, self._layer_S)
+
+    def spread(self, values_GL: Tensor) -> Tensor:
+        """Return (G, S): the value of its stretch for every channel."""
+        return values_GL[:, self._layer_S]
+
+
 class StatisticsDistance:
     """R of every group: over layers l the sum of m_l (|running_var - var| + |running_mean - mean|), L2 norms over channels.
 
@@ -106,21 +145,14 @@ class StatisticsDistance:
     """
 
     def __init__(self, running: Sequence[tuple[Tensor, Tensor]], multipliers: Sequence[float]):
-        sizes = [len(mean_C) for mean_C, _ in running]
-        device, starts = running[0][0].device, [sum(sizes[:index]) for index in range(len(sizes))]
-        place_LC = torch.full((len(sizes), max(sizes)), sum(sizes))
-        for index, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-            place_LC[index, :size] = torch.arange(start, start + size)
-        self._place_LC = place_LC.to(device)
-        self._layer_S = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+        self._norms = LayerNorms([len(mean_C) for mean_C, _ in running], running[0][0].device)
         self._mean_S, self._var_S = (torch.cat(parts) for parts in zip(*running, strict=True))
-        self._multiplier_L = torch.tensor(multipliers, dtype=self._mean_S.dtype).to(device)
+        self._multiplier_L = torch.tensor(multipliers, dtype=self._mean_S.dtype).to(self._mean_S.device)
 
     def __call__(self, moments: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Return R_G of (mean_GC, var_GC) per layer."""
         mean_GS, var_GS = (torch.cat(parts, 1) for parts in zip(*moments, strict=True))
-        norms_GL = _LayerNorms.apply(self._var_S - var_GS, self._place_LC, self._layer_S)
-        norms_GL = norms_GL + _LayerNorms.apply(self._mean_S - mean_GS, self._place_LC, self._layer_S)
+        norms_GL = self._norms(self._var_S - var_GS) + self._norms(self._mean_S - mean_GS)
         return (norms_GL * self._multiplier_L).sum(1)
 
 

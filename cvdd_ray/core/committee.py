@@ -16,19 +16,32 @@ from cvdd_ray.core.batchnorm import MatchingBatchNorm, StatisticsDistance, with_
 
 @dataclass(frozen=True)
 class Ballot:
-    """What one expert is asked: views_GBCHW (float32, normalised, detached) and labels_GB (int64)."""
+    """What one expert is asked: views_GBCHW (float32, normalised, detached) and labels_GB (int64).
+
+    Where statistics have a memory (core/statistics.py): it, as the expert's last vote gave it, memory_GS (S is 0 before
+    the first), and a random key of each group (keys_G, int64).
+    """
 
     views_GBCHW: Tensor
     labels_GB: Tensor
+    memory_GS: Tensor | None = None
+    keys_G: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One expert's answer: the gradient of CE + r_bn*R with respect to every view, and both terms per group."""
+    """One expert's answer: the gradient of CE + r_bn*R with respect to every view, both terms per group, and the memory of
+    statistics where there is one."""
 
     gradient_GBCHW: Tensor
     cross_entropy_G: Tensor
     bn_term_G: Tensor
+    memory_GS: Tensor | None = None
+
+
+def parts(message: Ballot | Vote) -> list[Tensor]:
+    """Return the tensors of a ballot or a vote in order, without those that are not there."""
+    return [part for part in vars(message).values() if part is not None]
 
 
 class Committee(Protocol):

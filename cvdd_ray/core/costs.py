@@ -21,18 +21,21 @@ from cvdd_ray.core.augment import Views, apply_views
 from cvdd_ray.core.batchnorm import MatchingBatchNorm, with_batchnorm_replaced
 from cvdd_ray.core.committee import Ballot, Voter
 from cvdd_ray.core.models import build_model
+from cvdd_ray.core.statistics import Matching, MatchingVoter, Recorder, Targets
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class Network:
-    """What decides the layers of a network: its name, number of classes, input side in pixels, channel multiplier."""
+    """What decides the layers of a network: its name, number of classes, input side in pixels, channel multiplier; and `tile`,
+    the side in pixels of the tiles whose statistics a vote matches, None where it matches BatchNorm's alone."""
 
     name: str
     num_classes: int
     image_size: int
     width: float = 1.0
+    tile: int | None = None
 
     def build(self) -> nn.Module:
         """Return it in eval mode without weights, on the meta device.  Raises ConfigError as `build_model`."""
@@ -108,13 +111,25 @@ def measured(call: Callable[[], object]) -> Cost:
 def vote_cost(network: Network, num_groups: int, group_images: int) -> Cost:
     """Return the cost of an expert's vote on `num_groups` groups of images: forward, BatchNorm matching, and the gradient
     with respect to the images, without that of the frozen weights."""
-    voter = Voter(network.build(), bn_weight=1.0, first_bn_multiplier=1.0)
+    voter: Voter | MatchingVoter = Voter(network.build(), bn_weight=1.0, first_bn_multiplier=1.0)
+    extras: tuple[Tensor, ...] = ()
+    if network.tile is not None:
+        targets = Targets(torch.zeros(num_statistics(network), device=META))
+        matching = Matching(network.tile, 0.0, 0.0, 0.0)
+        voter = MatchingVoter(network.build(), targets, matching=matching, weight=1.0, first_multiplier=1.0)
+        extras = torch.zeros(num_groups, 0, device=META), torch.zeros(num_groups, dtype=torch.long)
 
     def vote() -> None:
         labels_GB = torch.zeros(num_groups, group_images, dtype=torch.long, device=META)
-        voter.vote(Ballot(network.images(num_groups, group_images), labels_GB))
+        voter.vote(Ballot(network.images(num_groups, group_images), labels_GB, *extras))
 
     return measured(vote)
+
+
+@lru_cache(maxsize=256)
+def num_statistics(network: Network) -> int:
+    """Return how many numbers the statistics of a network with a `tile` are."""
+    return Recorder(network.build(), network.tile)(network.images(1), 1)[1].shape[1]
 
 
 # BatchNorm itself is slow to tell its shapes on the meta device; what takes its place keeps as much in memory.

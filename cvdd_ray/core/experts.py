@@ -15,13 +15,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """A trained backbone: model name, number of classes, input side in pixels, channel multiplier, safetensors bytes."""
+    """A trained backbone: model name, number of classes, input side in pixels, channel multiplier, safetensors bytes, and
+    those of the statistics it is to match besides BatchNorm's, if any (stages/statistics.py)."""
 
     name: str
     num_classes: int
     image_size: int
     width: float
     weights: bytes
+    statistics: bytes | None = None
 
     def build(self, device: str | torch.device = "cpu") -> nn.Module:
         """Return the network in eval mode on `device`."""

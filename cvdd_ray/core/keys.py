@@ -13,4 +13,9 @@ def key(seed: int, *place: int | str) -> int:
 
 def generator(seed: int, *place: int | str) -> torch.Generator:
     """Return a fresh CPU generator for one place; two calls with equal arguments draw equal numbers."""
-    return torch.Generator().manual_seed(key(seed, *place))
+    return from_key(key(seed, *place))
+
+
+def from_key(number: int) -> torch.Generator:
+    """Return the generator of a place whose key is known."""
+    return torch.Generator().manual_seed(number)

@@ -60,8 +60,13 @@ MODELS: dict[str, ModelEntry] = {
     "wide_resnet16_2": ModelEntry(small_models.wide_resnet16_2, None),
     "vit_tiny": ModelEntry(patch_models.vit_tiny, patch_models.vit_tiny_large, takes_size=True),
     "convnext_tiny": ModelEntry(patch_models.convnext_tiny, tv.convnext_tiny),
+    "mobilenet_v2_x0_5": ModelEntry(small_models.mobilenet_v2_x0_5, None),
+    "convnet1": ModelEntry(partial(small_models.convnet, depth=1), None),
+    "convnet2": ModelEntry(partial(small_models.convnet, depth=2), None),
     "convnet3": ModelEntry(partial(small_models.convnet, depth=3), None),
+    "convnet3_w32": ModelEntry(partial(small_models.convnet, depth=3, channels=32), None),
     "convnet4": ModelEntry(partial(small_models.convnet, depth=4), None),
+    "alexnet": ModelEntry(None, tv.alexnet),
 }
 
 
@@ -75,7 +80,7 @@ def build_model(name: str, num_classes: int, image_size: int, *, width: float = 
 
     Raises: ConfigError for an unknown name, a name without a network of that size, a size below 8 px, fewer than two
     classes, or a width that is not positive or not 1 above 64 px.
-    Source: spec 2.1 (small), 2.2 (224), 9.4 (ConvNet, WRN-16-2).
+    Source: spec 2.1 (small), 2.2 (224), 9.4 (ConvNet, WRN-16-2), 9.5 (other ConvNets, AlexNet).
     """
     is_small = image_size <= SMALL_MAX_PX
     span = f"images up to {SMALL_MAX_PX} px" if is_small else f"images above {SMALL_MAX_PX} px"

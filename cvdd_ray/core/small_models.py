@@ -179,6 +179,11 @@ def mobilenet_v2(num_classes: int, image_size: int, width: float) -> SmallNet:
     return SmallNet(nn.Sequential(*layers), num_features, num_classes)
 
 
+def mobilenet_v2_x0_5(num_classes: int, image_size: int, width: float) -> SmallNet:
+    """MobileNetV2 of half the width. Source: spec 9.4."""
+    return mobilenet_v2(num_classes, image_size, width / 2)
+
+
 class ShuffleBlock(TorchvisionShuffleBlock):
     """torchvision's block with a channel shuffle that keeps the memory layout, so that convolutions are not given another
     one than they were chosen for."""
@@ -216,11 +221,11 @@ def shufflenet_v2(num_classes: int, image_size: int, width: float) -> SmallNet:
     return SmallNet(nn.Sequential(*layers), num_features, num_classes)
 
 
-def convnet(num_classes: int, image_size: int, width: float, *, depth: int) -> SmallNet:
-    """The field's ConvNet: `depth` times 3x3 conv (128), InstanceNorm, ReLU, 2x2 average pool; then flatten and linear.
+def convnet(num_classes: int, image_size: int, width: float, *, depth: int, channels: int = 128) -> SmallNet:
+    """The field's ConvNet: `depth` times 3x3 conv, InstanceNorm, ReLU, 2x2 average pool; then flatten and linear.
 
-    It has no BatchNorm, so it can be a student but not a voter. The flat head ties it to `image_size`, which must be
-    at least 2**depth pixels: 8 for depth 3, 16 for depth 4.
+    It has no BatchNorm, so it votes only where the statistics of convolutions are matched. The flat head ties it to
+    `image_size`, which must be at least 2**depth pixels: 8 for depth 3, 16 for depth 4.
 
     Raises: ConfigError if the image is too small for the depth. Source: spec 9.4, 9.6.
     """
@@ -230,11 +235,10 @@ def convnet(num_classes: int, image_size: int, width: float, *, depth: int) -> S
             f"convnet{depth} halves the image {depth} times and needs at least {2**depth} px, got image_size="
             f"{image_size}; take convnet3 or a larger image"
         )
-    outputs = scaled(128, width)
+    inputs, outputs = 3, scaled(channels, width)
     layers: list[nn.Module] = []
-    channels = 3
     for _ in range(depth):
         norm = nn.InstanceNorm2d(outputs, affine=True)
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1), norm, nn.ReLU(inplace=True), nn.AvgPool2d(2)]
-        channels = outputs
-    return SmallNet(nn.Sequential(*layers), channels * map_size**2, num_classes, pool=nn.Identity())
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), norm, nn.ReLU(inplace=True), nn.AvgPool2d(2)]
+        inputs = outputs
+    return SmallNet(nn.Sequential(*layers), outputs * map_size**2, num_classes, pool=nn.Identity())

@@ -115,6 +115,20 @@ class Teacher:
         return self._model(views_NCHW)
 
 
+def rescaled_logits(
+    teachers: Sequence[Teacher], weights: Sequence[float], batches: Sequence[Tensor], bn_group: int, max_images: int
+) -> list[Tensor]:
+    """Return the weighted sum of the teachers' logits as `committee_logits`, each teacher's logits of a batch brought to the
+    mean of all teachers' Frobenius norms first.  Source: spec 9.4 (ImageNet-1K)."""
+    each_T = [committee_logits([teacher], [1.0], batches, bn_group, max_images) for teacher in teachers]
+    summed = []
+    for logits_T in zip(*each_T, strict=True):
+        norm_T = torch.stack([logits.norm() for logits in logits_T])
+        scale_T = norm_T.mean() / norm_T
+        summed.append(sum(w * s * logits for w, s, logits in zip(weights, scale_T, logits_T, strict=True)))
+    return summed
+
+
 def committee_logits(
     teachers: Sequence[Teacher],
     weights: Sequence[float],

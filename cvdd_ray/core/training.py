@@ -44,19 +44,23 @@ def resized_crops(images_BCSS: Tensor, draw: torch.Generator, *, flip: bool) -> 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Numbers of the squeeze (spec section 2): epochs, Adam with coupled L2 or SGD, cosine T_max in epochs."""
+    """Numbers of the squeeze (spec section 2): epochs, Adam with coupled L2 or SGD, cosine T_max in epochs (None: a constant
+    learning rate)."""
 
     epochs: int
     optimizer: str
     lr: float
     weight_decay: float
-    cosine_epochs: int
+    cosine_epochs: int | None
     precision: str = "float32"
     warmup_epochs: int = 0
 
 
 def _schedule(optimizer: torch.optim.Optimizer, s: PretrainSettings) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the course of the learning rate: lr/(w+1) ... lr w/(w+1) in the w epochs of the climb, then a cosine."""
+    """Return the course of the learning rate: lr/(w+1) ... lr w/(w+1) in the w epochs of the climb, then a cosine; or a constant
+    one."""
+    if s.cosine_epochs is None:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=s.cosine_epochs - s.warmup_epochs)
     if not s.warmup_epochs:
         return cosine

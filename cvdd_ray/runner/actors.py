@@ -13,7 +13,7 @@ import numpy as np
 import ray
 import torch
 
-from cvdd_ray.core.committee import Ballot, Committee, LocalCommittee
+from cvdd_ray.core.committee import Ballot, Committee, LocalCommittee, parts
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.committee import RayCommittee
@@ -36,18 +36,15 @@ class ExpertActor:
     def ready(self) -> None:
         """Return when this actor is there."""
 
-    def vote(self, views_GBCHW: np.ndarray, labels_GB: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (gradient, cross-entropy per group, BN term per group) as float32 arrays."""
+    def vote(self, *question: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the arrays of a Vote on those of a Ballot, in order, as far as there are any."""
         with self._health.watched():
             device = prepare_torch(self._threads)
             if self._voter is None:  # built here and not in __init__, so that its errors reach the caller as themselves
                 voter = local_voter(self._spec, self._settings, device)
                 self._voter = MeasuredVoter(self._spec.name, voter, IdleShare(self._spec.name))
-            ballot = Ballot(
-                torch.from_numpy(np.array(views_GBCHW)).to(device), torch.from_numpy(np.array(labels_GB)).to(device)
-            )
-            vote = self._voter.vote(ballot)
-            return tuple(part.cpu().numpy() for part in (vote.gradient_GBCHW, vote.cross_entropy_G, vote.bn_term_G))
+            vote = self._voter.vote(Ballot(*(torch.from_numpy(np.array(part)).to(device) for part in question)))
+            return tuple(part.cpu().numpy() for part in parts(vote))
 
     def spent(self) -> tuple[int, float, float]:
         """Return how many votes there were so far (on a CPU), their seconds of CPU, and of the clock."""

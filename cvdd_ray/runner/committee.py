@@ -8,7 +8,7 @@ import numpy as np
 import ray
 import torch
 
-from cvdd_ray.core.committee import Ballot, Vote
+from cvdd_ray.core.committee import Ballot, Vote, parts
 from cvdd_ray.runner.metrics import record
 from cvdd_ray.stages.scheduling import LeastBusy
 
@@ -34,7 +34,7 @@ class RayCommittee:
         votes_ref, asked, picked = {}, {}, []
         try:
             for name, ballot in ballots.items():
-                question = ballot.views_GBCHW.cpu().numpy(), ballot.labels_GB.cpu().numpy()
+                question = [part.cpu().numpy() for part in parts(ballot)]
                 with self._lock:
                     actors = self._experts[name]
                     picked.append((name, self._least_busy.pick(name, len(actors))))

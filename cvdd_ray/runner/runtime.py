@@ -42,7 +42,9 @@ LOST = (RayActorError, OutOfMemoryError)  # a worker's process or node is gone
 WORK = {
     "train_one": ("pretrain", "experts"),
     "measure_expert": ("prior", "students"),
+    "measure_statistics": ("statistics", "experts"),
     "read_and_work": ("initialize", "pieces"),
+    "choose_of_classes": ("initialize", "pieces"),
     "cut_piece": ("initialize", "pieces"),
     "tile_shard": ("initialize", "image files"),
     "assemble_shard": ("synthesize", "image files"),
@@ -250,7 +252,10 @@ class RayRuntime:
 
     def _muster(self, tasks, specs, voter, store) -> tuple[Colocated | Spread, Scheduler]:
         """Return the workers for some groups, not started yet, and who gets which."""
-        networks = {n: Network(spec.name, spec.num_classes, spec.image_size, spec.width) for n, spec in specs.items()}
+        tile = voter.matching and voter.matching.patch_size
+        networks = {
+            n: Network(spec.name, spec.num_classes, spec.image_size, spec.width, tile) for n, spec in specs.items()
+        }
         flops = {name: 2 * forward_cost(network).flops for name, network in networks.items()}  # of a vote on an image
         groups = {
             name: group_of(task.jobs, flops, task.info.image_size, task.settings.iterations)

@@ -39,7 +39,10 @@ PARTS = {  # of labels that are not stored as float16 logits of every class
     "scale": "B numbers: a logit is logits * scale + offset",
     "offset": "B numbers",
 }
-STARTS = {"patches": "patches of real images (RDED)", "real": "whole real images", "noise": "Gaussian noise"}
+STARTS = {
+    "patches": "patches of real images (RDED)", "real": "whole real images", "k_center": "real images, by k-centre",
+    "herding": "real images, by herding", "noise": "Gaussian noise",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,9 @@ def student_settings(run: Run, epochs: int, num_images: int) -> StudentSettings:
         schedule=c.schedule,
         warmup_epochs=c.warmup_epochs,
         phases=tuple((phase.from_epoch, phase.changes()) for phase in c.phases),
+        label_weight=c.label_weight if c.loss == "mse_gt" else None,
+        ema=c.ema,
+        optimizer=c.optimizer,
     )
 
 
@@ -174,7 +177,7 @@ def run_student(
     arm = arms[task.arm]
     epoch_rows = arm.soft_labels(store, info)
     if epoch_rows is None:
-        s = StudentSettings(**{**vars(s), "temperature": None})
+        s = StudentSettings(**{**vars(s), "temperature": None, "label_weight": None})
         hard_N = torch.from_numpy(np.array(arm.labels_N))
 
         def epoch_rows(epoch: int):  # the same views without CutMix, whose pasted boxes hard labels know nothing of
@@ -183,7 +186,7 @@ def run_student(
 
     kept = KeptStudent(store, task.checkpoint, task.checkpoint_minutes, report)
     curve = fit_student(
-        task.student, task.seed, arm.images_NCHW, epoch_rows, test, info, s, views.seed, width, report,
+        task.student, task.seed, (arm.images_NCHW, arm.labels_N), epoch_rows, test, info, s, views.seed, width, report,
         workers=workers, kept=kept,
     )  # fmt: skip
     row = {"last": curve[-1][3], "best": max(row[3] for row in curve), "curve": curve, "wall_s": kept.wall_s()}
@@ -236,13 +239,15 @@ def on_device(rows: Iterable[tuple[BatchPlan, torch.Tensor]], device: torch.devi
 
 
 def fit_student(
-    student: str, seed_number: int, images_NCHW: np.ndarray, epoch_rows: Callable, test: Split, info: DatasetInfo,
+    student: str, seed_number: int, train: tuple[np.ndarray, np.ndarray], epoch_rows: Callable, test: Split, info: DatasetInfo,
     s: StudentSettings, seed: int, width: float, report: Callable[[dict], None], *,
     workers: Workers = ALONE, kept: KeptStudent | None = None,
 ) -> Curve:  # fmt: skip
-    """Train one student on (plan, targets) rows, from where it was `kept`, and return its curve, see `train_student`."""
+    """Train one student on (plan, targets) rows of uint8 images and their labels, from where it was `kept`, and return its
+    curve, see `train_student`."""
     device = work_device()
     model, model_seed = build_student(student, seed_number, info, seed, width)
+    images_NCHW, labels_N = train
     pixels = network_inputs(images_NCHW, info, device)
 
     def on_epoch(training: StudentTraining, curve: Curve) -> None:
@@ -256,7 +261,7 @@ def fit_student(
         s,
         lambda network: accuracy(network, test_batches(test, info, device, workers), workers),
         on_epoch,
-        seed=model_seed, workers=workers, start=kept and kept.start,
+        seed=model_seed, workers=workers, start=kept and kept.start, labels_N=torch.from_numpy(np.array(labels_N)),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Only small things pass through the driver: a task names its starting images, a r
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from cvdd_ray.core.committee import Committee
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.patches import noise_image
+from cvdd_ray.core.statistics import Matching
 from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group, final_losses
 from cvdd_ray.data.datasets import DatasetInfo, denormalize, normalize
 from cvdd_ray.data.imagesets import ImageSet, encode_jpeg75, encode_png, image_table, read_image_set
@@ -25,14 +26,22 @@ from cvdd_ray.errors import ArtifactError
 
 PARITY_JPEG = "jpeg75_trunc"
 REPORT_S = 30.0  # a group says that it is alive at least as often as an iteration or this allows
+MEMORY = "memory/"  # of an expert's statistics, in a checkpoint
 
 
 @dataclass(frozen=True)
 class VoterSettings:
-    """What a voter needs besides its weights: r_bn, and the multiplier of the first BatchNorm layer's term."""
+    """What a voter needs besides its weights: r_bn, the multiplier of the first layer's term, and how more statistics than
+    BatchNorm's are matched, if they are."""
 
     bn_weight: float
     first_bn_multiplier: float
+    matching: Matching | None = None
+
+
+def in_order(images_SLCHW: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a job's images (B, C, H, W), class after class, of those of every image index."""
+    return torch.stack(list(images_SLCHW), 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,11 @@ class StoredStarts:
 
     def of_job(self, job: Job, store: Store) -> torch.Tensor:
         """Return the job's starting images (B, C, H, W), normalised float32."""
-        file, index = divmod(job.image_index, self.indices_per_file)
-        rows = slice(index * self.num_classes + job.labels[0], index * self.num_classes + job.labels[-1] + 1)
+        return in_order([self._of_index(job.image_index + k, job.labels, store) for k in range(job.span)])
+
+    def _of_index(self, image_index: int, labels: Sequence[int], store: Store) -> torch.Tensor:
+        file, index = divmod(image_index, self.indices_per_file)
+        rows = slice(index * self.num_classes + labels[0], index * self.num_classes + labels[-1] + 1)
         name = self.files[file]
         return normalize(
             torch.from_numpy(read_image_set(store.read(name), store.display(name), rows).images_NCHW), self.info
@@ -64,13 +76,17 @@ class NoiseStarts:
 
     def of_job(self, job: Job, store: Store) -> torch.Tensor:
         """Return the job's starting images (B, C, H, W), float32."""
-        return torch.stack([noise_image(self.seed, job.image_index, label, self.size) for label in job.labels])
+        return in_order([
+            torch.stack([noise_image(self.seed, job.image_index + k, label, self.size) for label in job.labels])
+            for k in range(job.span)
+        ])  # fmt: skip
 
 
 @dataclass(frozen=True)
 class GroupTask:
     """Jobs of one group (consecutive classes each), where their starting images are, where checkpoints go, and where the
-    finished images: a piece (data/shards.py) whose record batch j is job j. `image_format` as in the configuration."""
+    finished images: a piece (data/shards.py) with a record batch per image index of every job, in order. `image_format` as
+    in the configuration."""
 
     jobs: tuple[Job, ...]
     starts: StoredStarts | NoiseStarts
@@ -87,6 +103,7 @@ def encode_state(state: SynthesisState) -> bytes:
         "images": state.images_JBCHW,
         "first_moment": state.first_moment_JBCHW,
         "second_moment": state.second_moment_JBCHW,
+        **{MEMORY + name: rows for name, rows in state.memory.items()},
     }
     return write_state(tensors, {"iteration": state.iteration, "trace": state.trace})
 
@@ -96,7 +113,8 @@ def decode_state(data: bytes) -> SynthesisState:
     tensors, about = read_state(data, "a synthesis checkpoint is damaged")
     trace = [tuple(row) for row in about["trace"]]
     moments = tensors["first_moment"], tensors["second_moment"]
-    return SynthesisState(tensors["images"], *moments, about["iteration"], trace)
+    memory = {name.removeprefix(MEMORY): rows for name, rows in tensors.items() if name.startswith(MEMORY)}
+    return SynthesisState(tensors["images"], *moments, about["iteration"], trace, memory)
 
 
 def kept_state(task: GroupTask, store: Store, report: Callable[[dict], None]) -> SynthesisState | None:
@@ -148,6 +166,7 @@ def run_group(
         images_JBCHW=state.images_JBCHW.to(device),
         first_moment_JBCHW=state.first_moment_JBCHW.to(device),
         second_moment_JBCHW=state.second_moment_JBCHW.to(device),
+        memory={name: rows.to(device) for name, rows in state.memory.items()},
     )
     iterations = task.settings.iterations
     every = max(1, iterations // 100)
@@ -178,27 +197,29 @@ def run_group(
 
 
 def job_tables(task: GroupTask, final: SynthesisState) -> list[pa.Table]:
-    """Return the finished images of every job with what is known of them: chunk, voters, their weights, the seed of the
-    job's first views, final losses."""
+    """Return the finished images of every job, an image index each, with what is known of them: chunk, voters, their
+    weights, the seed of the job's first views, final losses."""
     tables = []
     for job, images_BCHW, cross_entropy, bn_term in zip(
         task.jobs, final.images_JBCHW.cpu(), *final_losses(final, task.jobs), strict=True
     ):
         pixels_BCHW = quantize(images_BCHW, task.info, task.image_format).numpy()
         job_seed = key(task.settings.seed, "synthesis-view", job.image_index, job.chunk, 0)
-        known = {
-            "image_index": (job.image_index, pa.int32()),
-            "chunk": (job.chunk, pa.int32()),
-            "voters": (list(job.voters), pa.list_(pa.string())),
-            "voter_weights": (list(job.weights), pa.list_(pa.float32())),
-            "job_seed": (job_seed, pa.int64()),
-            "cross_entropy": (cross_entropy, pa.float32()),
-            "bn_term": (bn_term, pa.float32()),
-        }
-        columns = {name: pa.array([value] * len(job.labels), kind) for name, (value, kind) in known.items()}
         encode = encode_jpeg75 if task.image_format == PARITY_JPEG else encode_png
-        images = ImageSet(pixels_BCHW, np.array(job.labels, np.int64), (), columns)
-        tables.append(image_table(images, [encode(image) for image in pixels_BCHW]))
+        for k in range(job.span):
+            known = {
+                "image_index": (job.image_index + k, pa.int32()),
+                "chunk": (job.chunk, pa.int32()),
+                "voters": (list(job.voters), pa.list_(pa.string())),
+                "voter_weights": (list(job.weights), pa.list_(pa.float32())),
+                "job_seed": (job_seed, pa.int64()),
+                "cross_entropy": (cross_entropy, pa.float32()),
+                "bn_term": (bn_term, pa.float32()),
+            }
+            columns = {name: pa.array([value] * len(job.labels), kind) for name, (value, kind) in known.items()}
+            own = pixels_BCHW[k :: job.span]
+            images = ImageSet(own, np.array(job.labels, np.int64), (), columns)
+            tables.append(image_table(images, [encode(image) for image in own]))
     return tables
 
 

@@ -15,17 +15,18 @@ def asked_images(jobs: Sequence[Job]) -> dict[str, int]:
     images = dict.fromkeys(sorted({name for job in jobs for name in job.voters}), 0)
     for job in jobs:
         for name in job.voters:
-            images[name] += len(job.labels)
+            images[name] += job.num_images
     return images
 
 
 def group_of(jobs: Sequence[Job], image_flops: Mapping[str, int], image_size: int, iterations: int) -> Group:
-    """Return what a group of jobs asks in `iterations` iterations; `image_flops` are those of an expert's vote on an image."""
-    num_images, per_job = sum(len(job.labels) for job in jobs), max(len(job.labels) for job in jobs)
-    asks, values = {}, 3 * image_size**2
+    """Return what a group of jobs asks in `iterations` iterations, on average where voters take turns; `image_flops` are those
+    of an expert's vote on an image."""
+    num_images, per_job = sum(job.num_images for job in jobs), max(job.num_images for job in jobs)
+    asks, values, turns = {}, 3 * image_size**2, jobs[0].turns
     for name, images in asked_images(jobs).items():
         out, back = images * (FLOAT * values + LABEL), images * FLOAT * values + 2 * FLOAT * (images // per_job)
-        asks[name] = Question(images * image_flops[name], out, back)
+        asks[name] = Question(images * image_flops[name] // turns, out // turns, back // turns)
     return Group(iterations, num_images * values, asks, 2 * view_flops(image_size) * num_images)
 
 
@@ -33,7 +34,7 @@ def largest_asked(groups: Iterable[Sequence[Job]]) -> dict[str, tuple[int, int]]
     """Return the jobs and images per job of every expert's largest call."""
     largest: dict[str, tuple[int, int]] = {}
     for jobs in groups:
-        per_job = max(len(job.labels) for job in jobs)
+        per_job = max(job.num_images for job in jobs)
         for name, images in asked_images(jobs).items():
             largest[name] = max(largest.get(name, (0, 0)), (images // per_job, per_job))
     return largest
@@ -43,7 +44,7 @@ def group_bytes(groups: Iterable[Sequence[Job]], image_size: int) -> tuple[int, 
     """Return the bytes of the images of the largest group, and of the views and gradients of one iteration of it, those of
     the most experts that any group asks."""
     groups = list(groups)
-    pixels = max(sum(len(job.labels) for job in jobs) for jobs in groups) * 3 * image_size**2 * FLOAT
+    pixels = max(sum(job.num_images for job in jobs) for jobs in groups) * 3 * image_size**2 * FLOAT
     return pixels, 2 * max(len(asked_images(jobs)) for jobs in groups) * pixels
 
 

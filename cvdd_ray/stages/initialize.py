@@ -8,7 +8,7 @@ index, then by class.
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cvdd_ray.config import InitializeConfig
+from cvdd_ray.core.coresets import CORESETS
 from cvdd_ray.core.experts import ExpertSpec, work_device
 from cvdd_ray.core.keys import generator
 from cvdd_ray.core.patches import mosaic_ranks, noise_image, observer_losses, random_patches, rank_window, tile
@@ -28,11 +29,13 @@ from cvdd_ray.data.shards import ShardTask, cuts, load_images, read_batches, wri
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.context import Run, StageWork
+from cvdd_ray.stages.coresets import choose_coresets
 from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.real import SMALL, split_for_workers
 
 START, RANDOM = "start", "random"
 KINDS = (START, RANDOM)
+OBSERVED = {"patches", *CORESETS}  # methods that ask the observer
 MAX_PIECES = 100  # pieces of work that reading is divided into
 BLOCK = 64  # images whose crops are in memory at once; fewer make no piece
 CUT_SCHEMA = pa.schema([("label", pa.int32()), ("cell", pa.int32()), ("pixels", pa.binary())])
@@ -80,7 +83,7 @@ def initialize(run: Run, ipc: int) -> Manifest:
     Raises ConfigError when a class has too few real images.  Source: spec sections 4 and 9.3.
     """
     c = run.config.initialize
-    specs, hashes = load_experts(run) if c.method == "patches" else ({}, {})
+    specs, hashes = load_experts(run) if c.method in OBSERVED else ({}, {})
     observer = observer_name(run)
     inputs = {"train": run.real.train.fingerprint}
     if specs:
@@ -97,7 +100,9 @@ def initialize(run: Run, ipc: int) -> Manifest:
     with run.stage(plan, f"initialize ipc {ipc}") as work:
         if work is None:
             return run.artifacts.manifest(plan.stage)
-        losses = score_patches(work, classes, images, patching, specs[observer]) if specs else None
+        losses = score_patches(work, classes, images, patching, specs[observer]) if c.method == "patches" else None
+        if c.method in CORESETS:
+            classes = by_features(work, classes, images, patching, specs[observer])
         pieces = cut_images(work, chosen_cuts(classes, losses, patching), images, patching)
         files, contents = {}, {}
         for kind in KINDS:
@@ -141,7 +146,7 @@ def class_items(run: Run, ipc: int) -> list[ClassImages]:
     ends = np.cumsum(np.bincount(labels_N, minlength=len(run.classes)))
     items = []
     for label, (name, members) in enumerate(zip(run.classes, np.split(by_label, ends[:-1]), strict=True)):
-        limit = min(len(members), c.images_per_class) if c.method == "patches" else len(members)
+        limit = min(len(members), c.images_per_class) if c.method in OBSERVED else len(members)
         if limit < wanted or len(members) < ipc:
             raise ConfigError(
                 f"ipc: {c.pool or ipc} images of class {name!r} need {wanted} real images, there are {limit} (train split, at "
@@ -154,6 +159,16 @@ def class_items(run: Run, ipc: int) -> list[ClassImages]:
 
 
 # ------------------------------------------------------------------------------------------------- scoring
+
+
+def by_features(
+    work: StageWork, classes: Sequence[ClassImages], images: Images, patching: Patching, observer: ExpertSpec
+) -> list[ClassImages]:
+    """Return the classes with those images first that a coreset method chooses."""
+    candidates = [(one.label, one.scored) for one in classes]
+    c = patching.c
+    chosen = choose_coresets(work, candidates, images, patching.info, c.method, patching.ipc, observer)
+    return [replace(one, scored=one.scored[chosen[one.label]]) for one in classes]
 
 
 def score_patches(
@@ -239,7 +254,7 @@ def chosen_cuts(classes: Iterable[ClassImages], losses: dict[int, np.ndarray] | 
                 for i, cells in enumerate(mosaics)
                 for cell, rank in enumerate(cells)
             ]
-        elif c.method == "real":
+        elif c.method != "noise":
             wanted += [Cut(int(index), START, i, one.label) for i, index in enumerate(one.scored[: patching.ipc])]
         wanted += [Cut(int(index), RANDOM, i, one.label) for i, index in enumerate(one.random)]
     return sorted(wanted, key=lambda cut: (cut.index, cut.kind, cut.image_index, cut.label, cut.cell))

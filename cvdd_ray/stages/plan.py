@@ -158,8 +158,13 @@ def plan(
         config = with_settings(config, {"runtime.gpus_per_actor": 0})
     real = outline(config.data, num_classes=num_classes, train_images=train_images, test_images=test_images)
     run = Run(config, "planned", real=real)
-    for name in config.committee.experts:
+    matching = config.synthesize.matching.convolutions
+    for name in config.committee.experts if not matching else ():
         require_batchnorm(expert(run, name).build(), name)
+    if matching and calibrate:
+        raise ConfigError(
+            "--calibrate measures votes that match BatchNorm alone, not synthesize.matching; give --flops-per-s"
+        )
     if needs_priors(config) and config.prior.method == "given":
         check_given(run)
     counted = count_stages(run)
@@ -167,6 +172,11 @@ def plan(
         placement = _fitting_placement(counted, gpu)
         run = Run(with_settings(config, {"runtime.placement": placement}), "planned", real=real)
         counted = count_stages(run) if placement == "spread" else counted
+    if run.config.voting.turns and (simulate or run.config.runtime.placement == "spread"):
+        raise ConfigError(
+            "voting.turns: plan counts what voters that take turns do with placement 'colocate' alone; set runtime.placement="
+            "colocate, and leave --simulate out"
+        )
     if calibrate:
         calls = {name: (expert(run, name), *call) for name, call in largest_calls(counted).items()}
         speed = measured_speed(calls, config.runtime.threads_per_actor)

@@ -8,7 +8,8 @@ formats.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cvdd_ray.core.costs import Cost, forward_cost, training_cost, view_flops, weight_bytes
+from cvdd_ray.core.coresets import CORESETS
+from cvdd_ray.core.costs import Cost, forward_cost, num_statistics, training_cost, view_flops, weight_bytes
 from cvdd_ray.core.softlabels import batch_starts, batches_together
 from cvdd_ray.core.synthesis import Job
 from cvdd_ray.data.datasets import DatasetInfo, network_input_bytes
@@ -17,8 +18,9 @@ from cvdd_ray.data.shards import shard_tasks
 from cvdd_ray.stages.arms import CEILING, TRAINING_SETS, label_sets, sized_rows
 from cvdd_ray.stages.ceiling import STAGE as CEILING_STAGE
 from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.coresets import TOGETHER, class_portions
 from cvdd_ray.stages.groupwork import FLOAT
-from cvdd_ray.stages.initialize import BLOCK, KINDS, class_items, observer_name, portions, tiles_per_side
+from cvdd_ray.stages.initialize import BLOCK, KINDS, OBSERVED, class_items, observer_name, portions, tiles_per_side
 from cvdd_ray.stages.planwork import (
     OTHER,
     OWN,
@@ -53,6 +55,8 @@ def count_stages(run: Run) -> list[StageCount]:
     c = run.config
     measured = needs_priors(c) and c.prior.method == "distill"
     stages = [count_pretrain(run)]
+    if c.synthesize.matching.convolutions:
+        stages.append(count_statistics(run))
     if measured and c.prior.ipc not in c.ipc:
         stages.append(count_initialize(run, c.prior.ipc))
     if measured:
@@ -96,6 +100,31 @@ def count_pretrain(run: Run) -> StageCount:
     )
 
 
+def count_statistics(run: Run) -> StageCount:
+    """A pass over the train split for every expert, or two where classes have statistics of their own."""
+    m, train = run.config.synthesize.matching, run.real.train
+    by_class = m.class_share > 0
+    networks = [expert(run, name) for name in run.config.committee.experts]
+    weights = sum(weight_bytes(network)[0] for network in networks)
+    written = sum(num_statistics(network) for network in networks) * FLOAT * (1 + by_class * run.info.num_classes)
+    on_gpu = [weight_bytes(one)[0] + 2 * forward_cost(one).peak_bytes * m.batch_size for one in networks]
+    return StageCount(
+        "statistics",
+        {"experts": len(networks), "image_views": len(networks) * len(train)},
+        (
+            Phase(
+                [{one.name: forward_cost(one).flops * len(train) * (1 + by_class)} for one in networks],
+                tasks_per_gpu(run),
+                2 * m.batch_size * FLOAT * run.info.image_bytes + split_bytes(run, train),
+                on_gpu,
+            ),
+        ),
+        Storage(len(networks) + OWN, written),
+        driver_bytes(run) + weights + written,
+        split_bytes(run, train),
+    )
+
+
 def count_prior(run: Run) -> StageCount:
     """Every expert alone: images, then students on them, labelled by it as they go."""
     c, holdout = run.config, run.real.holdout
@@ -134,9 +163,11 @@ def count_initialize(run: Run, ipc: int) -> StageCount:
     items, observer = class_items(run, ipc), expert(run, observer_name(run))
     shards = {kind: len(shard_tasks("x", kind, ipc, info.index_bytes)) for kind in KINDS}
     num_images, factor = ipc * info.num_classes, tiles_per_side(run)
-    cuts = {"patches": factor**2 + 1, "real": 2, "noise": 1}[c.method] * num_images
-    scored = sum(len(one.scored) for one in items) if c.method == "patches" else 0
-    cropped = BLOCK * c.num_crops * 3 * (info.image_size // factor) ** 2 * FLOAT
+    cuts = {"patches": factor**2 + 1, "noise": 1}.get(c.method, 2) * num_images
+    is_coreset = c.method in CORESETS
+    num_crops = 1 if is_coreset else c.num_crops
+    scored = sum(len(one.scored) for one in items) if c.method in OBSERVED else 0
+    cropped = BLOCK * num_crops * 3 * (info.image_size // (1 if is_coreset else factor)) ** 2 * FLOAT
     shard = max(len(task.indices) for task in shard_tasks("x", KINDS[0], ipc, info.index_bytes).values())
     writing = 4 * shard * info.index_bytes  # cells, tiles, PNG and the same decoded again
     written = {kind: image_bytes(num_images, info.image_bytes, PNG_OF_REAL) for kind in KINDS}
@@ -145,17 +176,26 @@ def count_initialize(run: Run, ipc: int) -> StageCount:
     phases = [Phase([{} for _ in pieces], per_gpu, reading + max(2 * cropped, writing))]  # cut, and write the files
     if scored:
         crop = forward_cost(observer)
-        units = [{observer.name: len(portion) * c.num_crops * crop.flops} for portion in portions(scored)]
-        on_gpu = crop.peak_bytes * c.num_crops + weight_bytes(observer)[0]
+        portioned = [len(classes) * scored // len(items) for classes in class_portions(len(items))]
+        units = [
+            {observer.name: number * num_crops * crop.flops}
+            for number in (portioned if is_coreset else map(len, portions(scored)))
+        ]
+        on_gpu = crop.peak_bytes * (TOGETHER if is_coreset else num_crops) + weight_bytes(observer)[0]
         phases.append(Phase(units, per_gpu, reading + 2 * cropped, on_gpu))
     return StageCount(
         f"initialize/ipc{ipc}",
-        {"scored_images": scored, "crops": scored * c.num_crops, "cuts": cuts, "images": len(KINDS) * num_images},
+        {
+            "scored_images": scored,
+            "crops": 0 if is_coreset else scored * num_crops,
+            "cuts": cuts,
+            "images": len(KINDS) * num_images,
+        },
         tuple(phases),
         Storage(
             files=sum(shards.values()) + OWN,
             bytes=sum(written.values()),
-            partial_files=(len(portions(scored)) if scored else 0) + 2 * len(pieces) + files_of_sets(shards.values()),
+            partial_files=(len(phases[-1].units) if scored else 0) + 2 * len(pieces) + files_of_sets(shards.values()),
             partial_bytes=(1 if c.method == "noise" else 2) * set_bytes(run, ipc) + sum(written.values()) + 32 * scored,
         ),
         driver_bytes(run) + PLACE_BYTES * (scored + cuts) + (writing if max(shards.values()) == 1 else 0),

@@ -6,7 +6,7 @@ Memory is what the data of a stage takes, beside Python, torch and Ray themselve
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cvdd_ray.core.costs import Network, forward_cost, training_cost, vote_cost, weight_bytes
+from cvdd_ray.core.costs import Network, forward_cost, num_statistics, training_cost, vote_cost, weight_bytes
 from cvdd_ray.core.softlabels import batch_starts
 from cvdd_ray.core.synthesis import Job, is_traced
 from cvdd_ray.data.shards import shard_tasks
@@ -86,7 +86,9 @@ class StageCount:
 
 
 def expert(run: Run, name: str) -> Network:
-    return Network(name, run.info.num_classes, run.info.image_size, run.config.committee.width)
+    m = run.config.synthesize.matching
+    tile = m.tile(run.info.image_size) if m.convolutions else None
+    return Network(name, run.info.num_classes, run.info.image_size, run.config.committee.width, tile)
 
 
 def student(run: Run, name: str) -> Network:
@@ -141,7 +143,7 @@ def count_student(run: Run, name: str, num_images: int, epochs: int, num_tested:
         tests,
         6 * num_images * info.num_classes + 2 * TEST_BATCH * FLOAT * info.image_bytes,
         stored
-        + 2 * trained
+        + (3 if s.ema else 2) * trained
         + max(step.peak_bytes + 3 * s.batch_size * FLOAT * info.image_bytes, testing.peak_bytes * TEST_BATCH),
     )
 
@@ -155,14 +157,17 @@ def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, itera
     }
     largest, weights = largest_asked(cut), {name: weight_bytes(network)[0] for name, network in networks.items()}
     groups = planned_groups(run, cut, largest, iterations)
-    num_images = sum(len(job.labels) for jobs in cut for job in jobs)
+    num_images = sum(job.num_images for jobs in cut for job in jobs)
     pixels, asked = group_bytes(cut, info.image_size)
+    remembered = sum(num_statistics(network) for network in networks.values() if network.tile)
+    memory = max(len(jobs) for jobs in cut) * FLOAT * remembered
     state, saved = 8 * pixels, 3 * pixels  # images, moments, gradients, what the step makes; the first three
     checkpoints = max(iterations - 1, 0) // c.synthesize.checkpoint_every
     shards = [len(shard_tasks("x", base, ipc, info.index_bytes)) for base in sets]
     written = image_bytes(num_images, info.image_bytes, PNG_OF_DISTILLED)
-    voices = sum(len(job.voters) for jobs in cut for job in jobs)
-    trace_rows = sum(is_traced(t, iterations) for t in range(iterations)) * voices
+    turns = cut[0][0].turns
+    voices = sum(len(job.voters) // turns for jobs in cut for job in jobs)
+    trace_rows = sum(is_traced(t, iterations, turns) for t in range(iterations)) * voices
     held = sum(weights.values())
     if c.runtime.placement == "spread":
         in_flight = min(c.runtime.groups_in_flight, len(groups))
@@ -182,9 +187,9 @@ def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, itera
             "jobs": sum(len(jobs) for jobs in sets.values()),
             "groups": len(groups),
             "iterations": iterations * sum(len(jobs) for jobs in sets.values()),
-            "expert_calls": iterations * sum(len(group.asks) for group in groups.values()),
+            "expert_calls": iterations * sum(len(group.asks) for group in groups.values()) // turns,
             "image_views": iterations * num_images,
-            "expert_images": iterations * sum(sum(asked_images(jobs).values()) for jobs in cut),
+            "expert_images": iterations * sum(sum(asked_images(jobs).values()) for jobs in cut) // turns,
             "trace_rows": trace_rows,
         },
         (phase,),
@@ -193,7 +198,7 @@ def count_synthesis(run: Run, sets: Mapping[str, Sequence[Job]], ipc: int, itera
             bytes=written,
             partial_files=2 * len(groups) + files_of_sets(shards),
             partial_bytes=2 * written,
-            checkpoint_bytes=saved if checkpoints else 0,
+            checkpoint_bytes=saved + memory if checkpoints else 0,
             checkpoints=checkpoints * len(groups),
         ),
         driver_bytes(run) + 4 * TRACE_ROW_BYTES * trace_rows + 2 * held + coordinating,

@@ -99,7 +99,9 @@ def check_networks(run: Run) -> None:
     DataError for given weights that do not fit."""
     c, info = run.config, run.info
     for name in c.committee.experts:
-        require_batchnorm(build_model(name, info.num_classes, info.image_size, width=c.committee.width), name)
+        network = build_model(name, info.num_classes, info.image_size, width=c.committee.width)
+        if not c.synthesize.matching.convolutions:
+            require_batchnorm(network, name)
         if given_weights(run, name) is None and info.image_size > SMALL and c.pretrain.crop == "pad":
             raise ConfigError(
                 f"pretrain.crop: 'pad' is for images up to {SMALL} px that all have one size, these have "
@@ -165,9 +167,8 @@ def load_experts(run: Run) -> tuple[dict[str, ExpertSpec], dict[str, str]]:
 
 def pretrain_settings(c: PretrainConfig) -> PretrainSettings:
     """Return the numbers of a training on real images."""
-    return PretrainSettings(
-        c.epochs, c.optimizer, c.lr, c.weight_decay, c.cosine_epochs or c.epochs, c.precision, c.warmup_epochs
-    )
+    t_max = None if c.schedule == "constant" else c.cosine_epochs or c.epochs
+    return PretrainSettings(c.epochs, c.optimizer, c.lr, c.weight_decay, t_max, c.precision, c.warmup_epochs)
 
 
 def train_one(

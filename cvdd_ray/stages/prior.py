@@ -17,8 +17,15 @@ from cvdd_ray.stages.initialize import initialize
 from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.real import Split, split_for_workers
 from cvdd_ray.stages.relabel import ViewSettings, labelled_epochs
+from cvdd_ray.stages.statistics import with_statistics
 from cvdd_ray.stages.synthesize import distill, image_jobs, resolved_synthesis
 from cvdd_ray.stages.votes import PRIORS, needs_priors
+
+STUDENT = {
+    "lr", "weight_decay", "eta", "temperature", "schedule", "warmup_epochs", "phases", "loss", "label_weight", "ema",
+    "optimizer",
+}  # fmt: skip
+"""Settings of `evaluate` that a prior depends on."""
 
 
 def prior(run: Run) -> None:
@@ -42,6 +49,7 @@ def measure_priors(run: Run) -> None:
     c = run.config
     initialized = initialize(run, c.prior.ipc)
     specs, hashes = load_experts(run)
+    guides, matched = with_statistics(run, specs, hashes)
     iterations = c.prior.iterations or c.synthesize.iterations
     epochs = c.prior.epochs or c.student_epochs
     views = ViewSettings(c.seed, c.data.flip, run.info.image_size, c.relabel)
@@ -53,20 +61,17 @@ def measure_priors(run: Run) -> None:
         "relabel": c.relabel.model_dump(
             include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}
         ),
-        "evaluate": c.evaluate.model_dump(
-            include={"lr", "weight_decay", "eta", "temperature", "schedule", "warmup_epochs", "phases"}
-        )
-        | given,
+        "evaluate": c.evaluate.counted(include=STUDENT) | given,
         "width": run.width,
         "data.flip": c.data.flip,
     }
-    inputs = {**hashes, "initialize": initialized.content, "holdout": run.real.holdout.fingerprint}
+    inputs = {**hashes, **matched, "initialize": initialized.content, "holdout": run.real.holdout.fingerprint}
     plan = run.plan("prior", settings, inputs)
     with run.stage(plan, "prior") as work:
         if work is None:
             return
         sets = {name: image_jobs(run, c.prior.ipc, lambda i, name=name: ((name,), (1.0,))) for name in specs}
-        distilled = distill(run, work, sets, c.prior.ipc, iterations, specs, doing="distil each expert alone")
+        distilled = distill(run, work, sets, c.prior.ipc, iterations, guides, doing="distil each expert alone")
         items = {
             f"{name}-seed{seed}": (name, [file.name for file in distilled[name][0].values()], seed)
             for name in specs
@@ -111,9 +116,10 @@ def measure_expert(
 ) -> bytes:  # fmt: skip
     """Label one expert's images by that expert, train one student, return its hold-out accuracy (percent) as JSON."""
     name, files, seed_number = item
-    images_NCHW = joined([read_image_set(store.read(file), store.display(file)) for file in files]).images_NCHW
-    epochs = labelled_epochs(images_NCHW, info, [specs[name]], [1.0], views, range(s.epochs))
+    images = joined([read_image_set(store.read(file), store.display(file)) for file in files])
+    epochs = labelled_epochs(images.images_NCHW, info, [specs[name]], [1.0], views, range(s.epochs))
+    train = images.images_NCHW, images.labels_N
     curve = fit_student(
-        student, seed_number, images_NCHW, lambda epoch: next(epochs), holdout, info, s, views.seed, width, report
+        student, seed_number, train, lambda epoch: next(epochs), holdout, info, s, views.seed, width, report
     )
     return json.dumps({"last": curve[-1][3], "curve": curve}).encode()

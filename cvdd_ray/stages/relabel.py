@@ -23,6 +23,7 @@ from cvdd_ray.core.softlabels import (
     batches_together,
     committee_logits,
     epoch_plans,
+    rescaled_logits,
 )
 from cvdd_ray.core.voting import prior_weights
 from cvdd_ray.data.artifacts import Manifest, Written
@@ -221,12 +222,13 @@ class Labeller:
         plans = self._views.plans(epoch, len(self._pixels))
         logits: list[Tensor] = []
         is_random = self._views.c.scope == "full"
+        combine = rescaled_logits if self._views.c.rescale else committee_logits
         with torch.random.fork_rng(enabled=is_random):  # dropout draws from torch's own generator
             if is_random:
                 torch.manual_seed(key(self._views.seed, "dropout", epoch))
             for some in cuts(len(plans), self._together):
                 batches = [batch_views(self._pixels, plans[k]) for k in some]
-                labelled = committee_logits(self._networks, self._weights, batches, self._bn_group, self._per_call)
+                labelled = combine(self._networks, self._weights, batches, self._bn_group, self._per_call)
                 logits += [part.cpu() for part in labelled]
         return list(zip(plans, logits, strict=True))
 

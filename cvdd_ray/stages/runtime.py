@@ -10,6 +10,7 @@ import numpy as np
 
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
+from cvdd_ray.core.statistics import MatchingVoter, read_targets
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError, NumericsError
 from cvdd_ray.stages.grouptask import GroupTask, Notice, StoppedError, VoterSettings, run_group
@@ -129,6 +130,11 @@ def local_committee(experts: Mapping[str, ExpertSpec], voter: VoterSettings, dev
     return LocalCommittee({name: local_voter(spec, voter, device) for name, spec in experts.items()})
 
 
-def local_voter(spec: ExpertSpec, voter: VoterSettings, device) -> Voter:
+def local_voter(spec: ExpertSpec, voter: VoterSettings, device) -> Voter | MatchingVoter:
     """Return one expert built on `device`, ready to vote."""
+    if voter.matching is not None:
+        return MatchingVoter(
+            spec.build(device), read_targets(spec.statistics), matching=voter.matching, weight=voter.bn_weight,
+            first_multiplier=voter.first_bn_multiplier,
+        )  # fmt: skip
     return Voter(spec.build(device), bn_weight=voter.bn_weight, first_bn_multiplier=voter.first_bn_multiplier)

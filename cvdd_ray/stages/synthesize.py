@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from cvdd_ray.config import RunConfig
+from cvdd_ray.core.statistics import Matching
 from cvdd_ray.core.synthesis import Job, SynthesisSettings
 from cvdd_ray.data.artifacts import Written
 from cvdd_ray.data.datasets import pixel_bounds
@@ -13,6 +14,7 @@ from cvdd_ray.stages.context import Run, StageWork
 from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts, StoredStarts, VoterSettings
 from cvdd_ray.stages.initialize import START
 from cvdd_ray.stages.pretrain import load_experts
+from cvdd_ray.stages.statistics import with_statistics
 from cvdd_ray.stages.votes import load_priors, vote_of_image
 
 DISTILLED, TRACE = "distilled", "trace.json"
@@ -28,6 +30,7 @@ def synthesize(run: Run, ipc: int) -> None:
     specs, hashes = load_experts(run)
     priors, prior_hash = load_priors(run)
     initialized = run.require(f"initialize/ipc{ipc}", "initialize")
+    specs, statistics = with_statistics(run, specs, hashes)
     settings = {
         "ipc": ipc,
         "synthesize": resolved_synthesis(run),
@@ -35,7 +38,7 @@ def synthesize(run: Run, ipc: int) -> None:
         "data.flip": c.data.flip,
         "initialize.method": c.initialize.method,
     }
-    inputs = {**hashes, "prior": prior_hash, "initialize": initialized.content}
+    inputs = {**hashes, **statistics, "prior": prior_hash, "initialize": initialized.content}
     plan = run.plan(f"synthesize/ipc{ipc}", settings, inputs)
     with run.stage(plan, f"synthesize ipc {ipc}") as work:
         if work is None:
@@ -61,14 +64,16 @@ def resolved_synthesis(run: Run) -> dict:
 
 
 def image_jobs(run: Run, ipc: int, vote: Callable[[int], tuple[Sequence[str], Sequence[float]]]) -> list[Job]:
-    """Return the jobs of a set: every image index times every chunk of classes, chunk by chunk."""
-    num_classes = len(run.classes)
-    size = run.config.synthesize.class_chunk or run.info.class_chunk
-    votes = [vote(i) for i in range(ipc)]
+    """Return the jobs of a set: every image index (or all together) times every chunk of classes, chunk by chunk."""
+    num_classes, s = len(run.classes), run.config.synthesize
+    size = s.class_chunk or run.info.class_chunk
+    span = ipc if s.class_together else 1
+    votes = {i: vote(i) for i in range(0, ipc, span)}
+    chunks = [tuple(range(first, min(first + size, num_classes))) for first in range(0, num_classes, size)]
     return [
-        Job(i, chunk, tuple(range(first, min(first + size, num_classes))), tuple(votes[i][0]), tuple(votes[i][1]))
-        for chunk, first in enumerate(range(0, num_classes, size))
-        for i in range(ipc)
+        Job(i, chunk, labels, tuple(voters), tuple(weights), span, run.config.voting.turns and len(voters) > 1)
+        for chunk, labels in enumerate(chunks)
+        for i, (voters, weights) in votes.items()
     ]
 
 
@@ -90,7 +95,18 @@ def synthesis_settings(run: Run, iterations: int) -> SynthesisSettings:
         crop_scale=s.crop_scale, roll=info.roll if s.roll is None else s.roll, low_C=tuple(low.tolist()),
         high_C=tuple(high.tolist()), checkpoint_every=s.checkpoint_every, crop_schedule=s.crop_schedule,
         crop_milestone=s.crop_milestone, roll_both_ways=s.roll_both_ways,
+        pad=s.pad if s.crop == "pad" else None, densification=s.densification,
+        densification_temperature=s.densification_temperature, has_memory=s.matching.convolutions,
     )  # fmt: skip
+
+
+def voter_settings(run: Run) -> VoterSettings:
+    """Return what voters need besides their weights and statistics."""
+    s = run.config.synthesize
+    m = s.matching
+    tile = m.tile(run.info.image_size)
+    matching = Matching(tile, m.momentum, m.drop_rate, m.class_share) if m.convolutions else None
+    return VoterSettings(s.bn_weight, s.first_bn_multiplier, matching)
 
 
 def distill(
@@ -117,16 +133,15 @@ def distill(
         )
         for title, (_, group) in groups.items()
     }
-    voter = VoterSettings(run.config.synthesize.bn_weight, run.config.synthesize.first_bn_multiplier)
-    receipts = work.distill(tasks, specs, voter, doing=doing)
+    receipts = work.distill(tasks, specs, voter_settings(run), doing=doing)
     about = {"kind": "distilled", "config": recorded_config(run.config)}
     result = {}
     for base in sets:
         own = {title: group for title, (owner, group) in groups.items() if owner == base}
         found = sorted(
-            (job.image_index, job.chunk, (work.piece(title), j))
+            (index, chunk, (work.piece(title), batch))
             for title, group in own.items()
-            for j, job in enumerate(group)
+            for batch, (index, chunk) in enumerate((j.image_index + k, j.chunk) for j in group for k in range(j.span))
         )
         where = {i: [place for index, _, place in found if index == i] for i in range(ipc)}
         trace = [tuple(row) for title in own for row in json.loads(receipts[title])["trace"]]
@@ -137,8 +152,8 @@ def distill(
 def recorded_config(c: RunConfig) -> dict:
     """Return the configuration as files of images record it: without where it ran and where things lie, so that they have
     equal bytes everywhere, and without settings that came later and are not used."""
-    sections = {name: section for name, section in c if isinstance(section, Section) and name != "relabel"}
-    exclude: dict = {name: section.unused() for name, section in sections.items()}  # relabel's were always recorded
+    exclude: dict = {name: section.unused() for name, section in c if isinstance(section, Section)}
+    exclude["relabel"] -= set(c.relabel.STORAGE)  # these were always recorded
     exclude["data"] |= {"path"}
     exclude["committee"] |= {"weights"}
     return c.model_dump(mode="json", exclude={**exclude, "runtime": True, "storage": True})

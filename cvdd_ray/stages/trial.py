@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cvdd_ray.config import MUTABLE_SETTINGS, PriorConfig, RunConfig
+import numpy as np
+import torch
+
+from cvdd_ray.config import PriorConfig, RunConfig
 from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.students import StudentTraining
 from cvdd_ray.core.training import accuracy
@@ -17,6 +20,7 @@ from cvdd_ray.data.artifacts import Artifacts, Manifest
 from cvdd_ray.data.datasets import network_inputs
 from cvdd_ray.data.sources import RealData
 from cvdd_ray.data.states import read_state, write_state
+from cvdd_ray.evaluateconfig import MUTABLE_SETTINGS
 from cvdd_ray.recipes import with_settings
 from cvdd_ray.stages.arms import OURS
 from cvdd_ray.stages.context import Run
@@ -132,7 +136,10 @@ class TrialStudents:
         self._asked = {name: getattr(c.evaluate, name) for name in MUTABLE_SETTINGS}
         numbers = range(c.evaluate.first_seed, c.evaluate.first_seed + num_seeds)
         students = [build_student(c.evaluate.students[0], n, self._info, c.seed, run.width) for n in numbers]
-        self._trainings = [StudentTraining(model, pixels, self._settings, seed) for model, seed in students]
+        labels_N = torch.from_numpy(np.array(arm.labels_N))
+        self._trainings = [
+            StudentTraining(model, pixels, self._settings, seed, labels_N=labels_N) for model, seed in students
+        ]
         self._last = (0.0, 0.0)
 
     @property
@@ -151,12 +158,12 @@ class TrialStudents:
 
     def measure(self) -> Measurement:
         """Return where the students are, with their accuracy on the hold-out."""
-        accuracies = tuple(
-            accuracy(training.student, test_batches(self._holdout, self._info, self._device))
-            for training in self._trainings
-        )
+        accuracies = []
+        for training in self._trainings:
+            with training.averaged() as student:
+                accuracies.append(accuracy(student, test_batches(self._holdout, self._info, self._device)))
         lr = self._settings.lr_at(self.next_epoch - 1)
-        return Measurement(self.next_epoch, self.epochs, accuracies, *self._last, lr, self._history())
+        return Measurement(self.next_epoch, self.epochs, tuple(accuracies), *self._last, lr, self._history())
 
     def state(self) -> bytes:
         """Return everything the next epochs depend on, as safetensors bytes."""

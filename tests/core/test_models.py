@@ -87,6 +87,9 @@ def test_224_networks_have_the_counts_of_the_spec(name, params, num_bn):
     ("name", "num_classes", "params"),
     [
         ("convnet3", 10, (27 + 1 + 2) * 128 + 2 * (9 * 128 + 1 + 2) * 128 + (128 * 4 * 4 + 1) * 10),
+        ("convnet1", 10, (27 + 1 + 2) * 128 + (128 * 16 * 16 + 1) * 10),
+        ("convnet2", 10, (27 + 1 + 2) * 128 + (9 * 128 + 1 + 2) * 128 + (128 * 8 * 8 + 1) * 10),
+        ("convnet3_w32", 10, (27 + 1 + 2) * 32 + 2 * (9 * 32 + 1 + 2) * 32 + (32 * 4 * 4 + 1) * 10),
         ("convnet4", 10, (27 + 1 + 2) * 128 + 3 * (9 * 128 + 1 + 2) * 128 + (128 * 2 * 2 + 1) * 10),
         ("wide_resnet16_2", 10, 691_674),  # the 0.69M of the knowledge-distillation papers
     ],

@@ -9,7 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from cvdd_ray.core.augment import Views, cutmix
-from cvdd_ray.core.softlabels import Teacher, batch_views, committee_logits, epoch_plans, group_sizes
+from cvdd_ray.core.softlabels import (
+    Teacher,
+    batch_views,
+    committee_logits,
+    epoch_plans,
+    group_sizes,
+    rescaled_logits,
+)
 
 B, HALF = 16, 8
 
@@ -254,3 +261,21 @@ def test_networks_without_batchnorm_are_labelled_the_same_in_both_modes():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     images = normal(0, B, 3, 10, 10)
     torch.testing.assert_close(label(images, [net]), label(images, [net], batchnorm="eval"))
+
+
+def test_rescaled_logits_have_the_mean_norm_of_the_teachers_batch_by_batch():
+    """Three lines of plain torch, for batches of which one is short; equal weights."""
+    nets = [tiny_net(seed) for seed in (1, 2, 3)]
+    for factor, net in enumerate(nets, 1):
+        net[-1].weight.data *= factor
+    teachers = [Teacher(net, batchnorm="eval", scope="bn") for net in nets]
+    batches = [normal(0, 8, 3, 10, 10), normal(1, 5, 3, 10, 10)]
+    found = rescaled_logits(teachers, [1 / 3] * 3, batches, 4, 64)
+    for batch, ours in zip(batches, found, strict=True):
+        with torch.no_grad():
+            each = [net.eval()(batch) for net in nets]
+        mean_norm = sum(float((logits**2).sum()) ** 0.5 for logits in each) / 3
+        expected = sum(logits * mean_norm / float((logits**2).sum()) ** 0.5 for logits in each) / 3
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+        plain = sum(each) / 3
+        assert not torch.allclose(ours, plain, rtol=1e-2)

@@ -156,3 +156,18 @@ def test_pretraining_batches_cover_the_set_and_leave_out_a_lone_image(num_images
     if num_images > 1:
         others = [torch.cat(shuffled_batches(num_images, 8, seed=s, epoch=e)[0]) for s, e in ((0, 1), (1, 0))]
         assert not any(torch.equal(torch.cat(batches), other) for other in others)
+
+
+def test_a_constant_rate_stays():
+    """Plain SGD on a constant gradient: with a cosine the last epochs hardly move a bias, with a constant rate they do."""
+    batch, moved = (torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), {}
+    for cosine_epochs in (None, 20):
+        net, seen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2)), []
+        settings = PretrainSettings(20, "sgd", 1e-4, 0.0, cosine_epochs)
+
+        def note(*_, net=net, seen=seen):
+            seen.append(float(net[1].bias[0].detach()))
+
+        pretrain_expert(net, lambda epoch: [batch], settings, note)
+        moved[cosine_epochs] = seen[-1] - seen[-2]
+    assert moved[None] > 4 * moved[20] > 0

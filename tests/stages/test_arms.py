@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cvdd_ray.config import Baseline
 from cvdd_ray.data.labels import SoftLabels
 from cvdd_ray.errors import ConfigError
+from cvdd_ray.evaluateconfig import Baseline
 from cvdd_ray.stages.arms import CEILING, LABEL_SETS, OURS, TRAINING_SETS, label_sets, sized_rows
 from cvdd_ray.stages.ceiling import check_ceiling
 from cvdd_ray.stages.context import Run
