@@ -35,7 +35,8 @@ def test_all_options_reach_cvdd_run(driver):
     words = words_for_cvdd(driver, *given.split())
     taken = typer.main.get_command(cli.app).commands["run"].make_context("run", words[1:]).params
     assert (taken["out"], taken["address"], taken["reuse"], taken["overwrite"]) == ("o", "x:1", ["a", "b"], True)
-    runtime = load_config(taken["recipe"], [*taken["set_"], f"runtime.address={taken['address']}"]).runtime
+    (recipe,) = taken["recipes"]
+    runtime = load_config(recipe, [*taken["set_"], f"runtime.address={taken['address']}"]).runtime
     assert (runtime.wait_for_nodes, runtime.wait_for_gpus, runtime.wait_s) == (3, 8, 60.0)
 
 
