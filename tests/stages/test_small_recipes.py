@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import cvdd_ray
+from cvdd_ray.core.models import SMALL_MAX_PX
 from cvdd_ray.data.datasets import DATASETS as TABLE
 from cvdd_ray.data.datasets import dataset_info
 from cvdd_ray.data.imagesets import read_image_set
@@ -19,6 +20,7 @@ from cvdd_ray.stages.pipeline import run_all
 METHODS = ("", *part("methods"))
 SIDE = 16
 LARGE = ("resnet50", "densenet121")  # experts that are left out here
+STAND_IN = {"efficientnet_b0": "wide_resnet16_2", "shufflenet_v2_x0_5": "shufflenet_v2", "alexnet": "convnet3"}  # up to 64 px
 SMALL_IPC = {1: 1, 10: 2, 50: 3}
 
 
@@ -58,7 +60,11 @@ def shrunken(name, folder, side=SIDE, **changes):
     """The recipe with less of everything: of its choices none is changed, of its numbers only how many and how large."""
     c = load_config(name)
     info = dataset_info(c.data)
-    experts = [expert for expert in c.committee.experts if expert not in LARGE]
+    stand_in = {} if side > SMALL_MAX_PX else STAND_IN
+    experts, teachers = (
+        [stand_in.get(expert, expert) for expert in chosen if expert not in LARGE]
+        for chosen in (c.committee.experts, c.relabel.teachers or [])
+    )
     small = {
         "committee.experts": experts,
         "voting.fixed": experts[-2:] if c.voting.fixed and c.voting.size == 2 else c.voting.fixed,
@@ -73,8 +79,8 @@ def shrunken(name, folder, side=SIDE, **changes):
         "prior": {} if c.prior.method == "given" else {"ipc": 1, "epochs": 1},
         "initialize": {"images_per_class": 14, "num_crops": 1, "pool": c.initialize.pool and 3, "factor": 1},
         "synthesize": {"iterations": min(2, c.synthesize.iterations), "class_chunk": 2, "roll": info.roll},
-        "relabel.epochs": 1,
-        "evaluate.seeds": 1,
+        "relabel": {"epochs": 1, "teachers": teachers or None},
+        "evaluate": {"seeds": 1, "phases": []},  # of later epochs
         "runtime": {"engine": "local", "placement": "auto"},
     }  # fmt: skip
     return with_settings(c, small | changes)
