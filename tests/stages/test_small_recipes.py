@@ -20,7 +20,11 @@ from cvdd_ray.stages.pipeline import run_all
 METHODS = ("", *part("methods"))
 SIDE = 16
 LARGE = ("resnet50", "densenet121")  # experts that are left out here
-STAND_IN = {"efficientnet_b0": "wide_resnet16_2", "shufflenet_v2_x0_5": "shufflenet_v2", "alexnet": "convnet3"}  # up to 64 px
+STAND_IN = {
+    "efficientnet_b0": "wide_resnet16_2",
+    "shufflenet_v2_x0_5": "shufflenet_v2",
+    "alexnet": "convnet3",
+}  # up to 64 px
 SMALL_IPC = {1: 1, 10: 2, 50: 3}
 
 
