@@ -112,7 +112,7 @@ def test_a_ceiling_that_cannot_be_trained_is_refused(make_config, tmp_path, sect
 
 @pytest.mark.parametrize(
     ("evaluate", "message"),
-    [(("distilled_plain",), "nothing is augmented"), (("random_hard", "random_hard"), "different rows")],
+    [(("distilled_plain",), "nothing is augmented"), (("random_hard", "random_hard"), "without repeats")],
 )
 def test_rows_that_would_be_another_once_more_are_refused(make_config, evaluate, message):
     with pytest.raises(ValueError, match=message):
