@@ -56,7 +56,7 @@ def test_rules_speak_of_what_there_is():
     }  # fmt: skip
     files = ["common", *DATASETS]
     lists = [part(file)["rules"] for file in files] + [
-        about["rules"] for kind in ("methods", "variants") for about in part(kind).values()
+        [*about["rules"], *about.get("last", [])] for kind in ("methods", "variants") for about in part(kind).values()
     ]
     for rule in (rule for rules in lists for rule in rules):
         assert set(rule) <= {"when", "set"}
@@ -70,7 +70,7 @@ def test_methods_and_variants_are_small_differences():
         for word, about in part(kind).items():
             assert "-" not in word, f"{word}: a dash separates the parts of a name"
             assert about["title"]
-            assert len(yaml.safe_dump(about["rules"])) < 3500
+            assert len(yaml.safe_dump([*about["rules"], *about.get("last", [])])) < 3500
 
 
 WRONG = {
@@ -111,6 +111,25 @@ def test_a_new_method_is_one_mapping(monkeypatch):
     assert RecipeName("cifar10", 1, "r18", "mine") in list(all_names())
     with pytest.raises(ConfigError, match="method 'mine' has no variants; leave -paper out"):
         load_config("cifar10-ipc1-r18-mine-paper")
+
+
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_on_cpus_all_methods_have_one_protocol(ipc):
+    """Students, views and experts' training are the same; what a method is stays."""
+    words = ["", "sre2l++", "sre2l", "cda", "rded", "gvbsm", "edc", "random", "kcenter", "herding"]
+    assert set(words) == {"", *part("methods")}
+    c = {word: load_config("-".join(filter(None, (f"cifar10-ipc{ipc}-r18", word, "cpu")))) for word in words}
+    for other in c.values():
+        assert other.evaluate == c[""].evaluate
+        assert (other.data, other.pretrain, other.committee.width) == (c[""].data, c[""].pretrain, 0.25)
+        own = {"batchnorm", "weighting", "temperature", "teachers"}
+        assert other.relabel.model_dump(exclude=own) == c[""].relabel.model_dump(exclude=own)
+        assert other.synthesize.iterations in (0, 400)
+    assert [word for word in words if not c[word].synthesize.iterations] == ["rded", "random", "kcenter", "herding"]
+    assert [word for word in words if c[word].relabel.batchnorm == "eval"] == ["rded", "gvbsm", "edc"]
+    assert c["sre2l++"].committee.experts == ("resnet18",)
+    assert c["gvbsm"].synthesize.matching.convolutions
+    assert c["edc"].synthesize.matching.class_share == 0.5
 
 
 # ------------------------------------------------------------------------------------------------- published numbers

@@ -2,9 +2,9 @@
 
 A name such as `cifar100-ipc10-r50-sre2l++-paper` stands for rules that are applied in order, later ones winning: those of all
 recipes (parts/common.yaml), of the dataset (parts/DATASET.yaml), of the variant (parts/variants.yaml), of the method
-(parts/methods.yaml); a dataset or a method that is `like` another one has its rules first. A rule has `set`, changed settings,
-and perhaps `when`, the values of parts of the name for which it holds; `set` with null gives a section or a setting its
-default again.
+(parts/methods.yaml), and those that the variant has for the end (`last`). A dataset or a method that is `like` another one has
+its rules first. A rule has `set`, changed settings, and perhaps `when`, the values of parts of the name for which it holds;
+`set` with null gives a section or a setting its default again.
 """
 
 import difflib
@@ -126,9 +126,10 @@ def vocabulary() -> dict[str, dict[str, str]]:
 
 def _rules(name: RecipeName) -> list[dict[str, Any]]:
     datasets = {dataset: part(dataset) for dataset in DATASETS}
-    variant = part("variants")[name.variant]["rules"] if name.variant else []
+    variant = part("variants")[name.variant] if name.variant else {}
     method = _with_like(part("methods"), name.method) if name.method else []
-    return [*part("common")["rules"], *_with_like(datasets, name.dataset), *variant, *method]
+    first = [*part("common")["rules"], *_with_like(datasets, name.dataset), *variant.get("rules", [])]
+    return [*first, *method, *variant.get("last", [])]
 
 
 def _with_like(entries: Mapping[str, Any], word: str) -> list[dict[str, Any]]:
