@@ -195,9 +195,10 @@ class TrialStudents:
 
 
 def with_history(config: RunConfig, history: Sequence[tuple[int, Mapping[str, float]]]) -> RunConfig:
-    """Return the configuration whose students train as a trial with this history did."""
+    """Return the configuration whose students train as a trial with this history did; what was changed after the last epoch
+    (population-based training copies finished students, too) never counted."""
     (_, first), *rest = history
-    phases = [{"from_epoch": epoch, **changes} for epoch, changes in rest]
+    phases = [{"from_epoch": epoch, **changes} for epoch, changes in rest if epoch < config.student_epochs]
     return with_settings(config, {"evaluate": {**first, "phases": phases}})
 
 

@@ -230,6 +230,15 @@ def test_settings_changed_on_the_way_are_remembered_and_can_be_repeated(base, po
     assert plain[-1][0].train_loss != reports[-1].train_loss
 
 
+def test_what_changed_after_the_last_epoch_is_not_repeated(base):
+    """Population-based training copies finished students and gives them other settings, which train nothing any more."""
+    first = {"lr": 0.01, "temperature": 4.0}
+    history = [(0, first), (2, {"lr": 0.02}), (base.student_epochs, {"lr": 0.5})]
+    replayed = with_history(base, history)
+    assert [phase.from_epoch for phase in replayed.evaluate.phases] == [2]
+    assert (replayed.evaluate.lr, replayed.evaluate.temperature) == (0.01, 4.0)
+
+
 def test_a_trial_needs_no_test_images(base, pool):
     """Its real data comes without any; the same trial reports the same."""
     artifacts = Artifacts(pool, variants=True)
