@@ -120,7 +120,8 @@ def test_every_file_runs_shrunken(path, tiny, tmp_path, ray_runtime):
         assert not any(
             row[-1] for row in found.rows if what not in ("images", "cross")
         )  # the digits are none of the paper's data
-    changes = [epoch for epoch, _ in summary.winner.history[1:]]  # of population-based training; none otherwise
+    changed = [epoch for epoch, _ in summary.winner.history[1:]]  # of population-based training; none otherwise
+    changes = [epoch for epoch in changed if epoch < best.student_epochs]  # a finished student may have been copied
     assert [phase.from_epoch for phase in best.evaluate.phases] == changes
     assert best.evaluate.lr == summary.winner.history[0][1]["lr"]
 
