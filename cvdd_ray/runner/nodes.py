@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ConfigError, CvddError
+from cvdd_ray.errors import ArtifactError, ConfigError, CvddError
 from cvdd_ray.runner.cluster import places_with
 
 POLL_S = 1.0
@@ -117,7 +117,7 @@ def check_shared(store: Store) -> None:
                 f"--out {place}: node {address}{more} {fault}; with {len(nodes)} nodes give a directory that all of them "
                 f"share or an s3://bucket/prefix that all of them may use"
             )
-    except OSError as error:
+    except (OSError, ArtifactError) as error:
         raise ConfigError(f"--out {place}: cannot be written ({_first_line(error)})") from None
     finally:
         with suppress(OSError, CvddError):  # what went wrong before says more
