@@ -46,11 +46,11 @@ class _Sheet:
         self._width = reader.config.committee.width if reader.config else None
 
     def flops(self, stage: str) -> int | None:
-        count: Callable[[Manifest], int] = {
+        count: Callable[[Manifest], int | None] | None = {
             "pretrain": self._pretrain, "prior": self._prior, "initialize": self._initialize,
             "synthesize": self._synthesize, "relabel": self._relabel, "evaluate": self._evaluate,
-        }[stage.split("/")[0]]  # fmt: skip
-        if self._width is None:
+        }.get(stage.split("/")[0])  # fmt: skip
+        if self._width is None or count is None:
             return None
         try:
             return (self._ceiling if stage == CEILING_STAGE else count)(self._reader.manifests[stage])
@@ -95,7 +95,9 @@ class _Sheet:
             return 0
         return made.facts["scored_images"] * c["num_crops"] * self._network(made, c["observer"]).forward
 
-    def _synthesize(self, made: Manifest) -> int:
+    def _synthesize(self, made: Manifest) -> int | None:
+        if self._reader.config.voting.turns:  # not all vote in every iteration, and more than BatchNorm's is matched
+            return None
         iterations = made.identity["settings"]["synthesize"]["iterations"]
         votes = [voters for _, voters, _ in self._reader.votes(made.stage)]
         calls = sum(self._network(made, name).vote for voters in votes for name in voters)

@@ -13,7 +13,10 @@ from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import load_config, with_settings
 from cvdd_ray.stages import grouptask
 from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.costsheet import stage_costs
 from cvdd_ray.stages.pipeline import STAGES, run_all
+from cvdd_ray.stages.report import write_report
+from cvdd_ray.stages.summary import RunReader
 
 GVBSM = {
     "committee": {"experts": ["resnet18", "convnet3", "wide_resnet16_2"], "width": 0.125},
@@ -91,6 +94,16 @@ def test_plan_counts_a_method_s_work(method, finished):
     assert stage.storage.files == len(statistics.files) + 1
     written = sum(len(run.store.read(f"statistics/{name}")) for name in statistics.files)
     assert written == pytest.approx(stage.storage.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_report_says_what_it_does_not_count(method, finished):
+    store = finished[method].store
+    write_report(store)
+    costs = {cost.stage: cost for cost in stage_costs(RunReader(store))}
+    assert costs["synthesize/ipc2"].flops is None
+    assert costs["evaluate/ipc2"].flops > 0
+    assert all(cost.bytes > 0 for cost in costs.values())
 
 
 def test_images_are_stored_index_by_index_however_they_were_made(finished):
