@@ -202,6 +202,10 @@ def efficiency(runs: Sequence[OneRun], expert: str | None) -> Analysis:
         steps = len(votes) * c["iterations"]
         if not steps:
             raise ConfigError(f"--what efficiency: {run.name} has no iterations of synthesis")
+        if run.reader.config.voting.turns:
+            raise ConfigError(
+                f"--what efficiency: {run.name} has voters in turn, whose FLOPs are not counted; leave it out"
+            )
         width, num_classes = run.reader.config.committee.width, len(made.identity["classes"])
         per_vote = [
             image_flops(Network(name, num_classes, info["image_size"], width)).vote

@@ -12,6 +12,7 @@ from cvdd_ray.core.statistics import read_targets
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import load_config, with_settings
 from cvdd_ray.stages import grouptask
+from cvdd_ray.stages.analyze import analyze
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.costsheet import stage_costs
 from cvdd_ray.stages.pipeline import STAGES, run_all
@@ -104,6 +105,8 @@ def test_the_report_says_what_it_does_not_count(method, finished):
     assert costs["synthesize/ipc2"].flops is None
     assert costs["evaluate/ipc2"].flops > 0
     assert all(cost.bytes > 0 for cost in costs.values())
+    with pytest.raises(ConfigError, match="voters in turn"):
+        analyze([store.root], "efficiency")
 
 
 def test_images_are_stored_index_by_index_however_they_were_made(finished):
