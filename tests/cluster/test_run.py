@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import ray
 import typer
 from clusters import REPOSITORY, RayCluster
 
@@ -68,6 +69,7 @@ BAD = [
 )
 def test_mistakes_are_one_line_and_nothing_is_written(driver, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests may have left one, which would be used
     with pytest.raises(SystemExit) as end:
         driver["main"](words)
     out, err = capsys.readouterr()
