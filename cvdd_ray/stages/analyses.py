@@ -26,6 +26,7 @@ from cvdd_ray.stages.analysispictures import (
     parameter_figure,
 )
 from cvdd_ray.stages.arms import OURS
+from cvdd_ray.stages.costsheet import times_asked
 from cvdd_ray.stages.evaluate import RESULTS
 from cvdd_ray.stages.initialize import RANDOM, START
 from cvdd_ray.stages.paper import PAPER, paper, paper_note
@@ -202,17 +203,15 @@ def efficiency(runs: Sequence[OneRun], expert: str | None) -> Analysis:
         steps = len(votes) * c["iterations"]
         if not steps:
             raise ConfigError(f"--what efficiency: {run.name} has no iterations of synthesis")
-        if run.reader.config.voting.turns:
-            raise ConfigError(
-                f"--what efficiency: {run.name} has voters in turn, whose FLOPs are not counted; leave it out"
-            )
         width, num_classes = run.reader.config.committee.width, len(made.identity["classes"])
-        per_vote = [
-            image_flops(Network(name, num_classes, info["image_size"], width)).vote
+        calls = sum(
+            asked * image_flops(Network(name, num_classes, info["image_size"], width)).vote
             for _, voters, _ in votes
-            for name in voters
-        ]
-        each = sum(per_vote) / len(votes) + 2 * view_flops(info["image_size"])
+            for name, asked in zip(
+                voters, times_asked(c["iterations"], len(voters), run.reader.config.voting.turns), strict=True
+            )
+        )
+        each = calls / steps + 2 * view_flops(info["image_size"])
         ms = 1e3 * made.wall_s / steps
         known = paper("efficiency").get(info["name"], {}).get("CV-DD")
         numbers[run.name] = {"ms": ms, "flops": each, "images": len(votes), "iterations": c["iterations"]}

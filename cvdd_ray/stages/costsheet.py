@@ -38,6 +38,11 @@ def stage_costs(reader: RunReader) -> list[StageCost]:
     ]
 
 
+def times_asked(iterations: int, num_voters: int, turns: bool) -> list[int]:
+    """Return in how many iterations each voter of an image votes: in all of them, or by turns (spec 9.4)."""
+    return [len(range(k, iterations, num_voters)) if turns else iterations for k in range(num_voters)]
+
+
 class _Sheet:
     """Counts the FLOPs of stages; what a stage's manifest does not say (it is older, or of another method) is None."""
 
@@ -46,9 +51,10 @@ class _Sheet:
         self._width = reader.config.committee.width if reader.config else None
 
     def flops(self, stage: str) -> int | None:
-        count: Callable[[Manifest], int | None] | None = {
+        count: Callable[[Manifest], int] | None = {
             "pretrain": self._pretrain, "prior": self._prior, "initialize": self._initialize,
-            "synthesize": self._synthesize, "relabel": self._relabel, "evaluate": self._evaluate,
+            "statistics": self._statistics, "synthesize": self._synthesize, "relabel": self._relabel,
+            "evaluate": self._evaluate,
         }.get(stage.split("/")[0])  # fmt: skip
         if self._width is None or count is None:
             return None
@@ -95,13 +101,24 @@ class _Sheet:
             return 0
         return made.facts["scored_images"] * c["num_crops"] * self._network(made, c["observer"]).forward
 
-    def _synthesize(self, made: Manifest) -> int | None:
-        if self._reader.config.voting.turns:  # not all vote in every iteration, and more than BatchNorm's is matched
-            return None
+    def _statistics(self, made: Manifest) -> int:
+        """The train split through every expert, twice where classes have statistics of their own."""
+        total, passes = 0, 1 + made.identity["settings"]["by_class"]
+        for stage in (name for name in made.identity["inputs"] if name.startswith("pretrain/")):
+            images = self._reader.manifests[stage].facts["train_images"]
+            total += passes * images * self._network(made, stage.split("/")[1]).forward
+        return total
+
+    def _synthesize(self, made: Manifest) -> int:
         iterations = made.identity["settings"]["synthesize"]["iterations"]
         votes = [voters for _, voters, _ in self._reader.votes(made.stage)]
-        calls = sum(self._network(made, name).vote for voters in votes for name in voters)
-        return iterations * (calls + len(votes) * 2 * self._view(made))
+        turns = self._reader.config.voting.turns
+        calls = sum(
+            asked * self._network(made, name).vote
+            for voters in votes
+            for name, asked in zip(voters, times_asked(iterations, len(voters), turns), strict=True)
+        )
+        return calls + iterations * len(votes) * 2 * self._view(made)
 
     def _labelling(self, made: Manifest) -> int:
         """Return the FLOPs of labelling one image once."""

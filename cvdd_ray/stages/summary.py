@@ -23,7 +23,7 @@ from cvdd_ray.stages.relabel import LABELS, full_bytes, label_encoding
 from cvdd_ray.stages.synthesize import DISTILLED
 from cvdd_ray.stages.votes import PRIORS, needs_priors, priors_hash
 
-FOLDERS = ("pretrain", "prior", "initialize", "synthesize", "relabel", "evaluate")
+FOLDERS = ("pretrain", "prior", "initialize", "statistics", "synthesize", "relabel", "evaluate")
 MAX_VOTES = 10  # image indices listed per IPC
 
 
@@ -196,6 +196,7 @@ class RunReader:
         soft = label_sets(c) if c else [OURS]
         expected = [f"pretrain/{name}" for name in self.experts()] or ["pretrain"]
         expected += ["prior"] if c is None or needs_priors(c) else []
+        expected += ["statistics"] if c and c.synthesize.matching.convolutions else []
         for n in self.ipcs():
             expected += [f"initialize/ipc{n}", f"synthesize/ipc{n}"]
             expected += [f"relabel/ipc{n}/{label_set}" for label_set in soft]

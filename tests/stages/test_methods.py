@@ -8,6 +8,7 @@ from conftest import tiny_config
 
 import cvdd_ray
 from cvdd_ray.bench.works import bench
+from cvdd_ray.core.costs import Network, image_flops, view_flops
 from cvdd_ray.core.statistics import read_targets
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.recipes import load_config, with_settings
@@ -98,15 +99,22 @@ def test_plan_counts_a_method_s_work(method, finished):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_report_says_what_it_does_not_count(method, finished):
-    store = finished[method].store
-    write_report(store)
-    costs = {cost.stage: cost for cost in stage_costs(RunReader(store))}
-    assert costs["synthesize/ipc2"].flops is None
+def test_flops_of_voters_in_turn_are_those_of_one_voter_per_iteration(method, finished):
+    run = finished[method]
+    write_report(run.store)
+    costs = {cost.stage: cost for cost in stage_costs(RunReader(run.store))}
+    networks = {n: image_flops(Network(n, 10, 16, 0.125)) for n in run.config.committee.experts}
+    per_image = [networks[n] for n in run.config.committee.experts]
+    voted = sum(per_image[t % 3].vote for t in range(run.config.synthesize.iterations))
+    views = run.config.synthesize.iterations * 2 * view_flops(16)
+    assert costs["synthesize/ipc2"].flops == 20 * (voted + views)
+    trained_on = run.artifacts.manifest("pretrain/resnet18").facts["train_images"]
+    passes = {"gvbsm": 1, "edc": 2}[method]  # EDC's classes have statistics of their own
+    assert costs["statistics"].flops == passes * trained_on * sum(network.forward for network in per_image)
     assert costs["evaluate/ipc2"].flops > 0
     assert all(cost.bytes > 0 for cost in costs.values())
-    with pytest.raises(ConfigError, match="voters in turn"):
-        analyze([store.root], "efficiency")
+    (found,) = analyze([run.store.root], "efficiency").numbers.values()
+    assert found["flops"] == pytest.approx(voted / run.config.synthesize.iterations + 2 * view_flops(16))
 
 
 def test_images_are_stored_index_by_index_however_they_were_made(finished):
