@@ -24,7 +24,7 @@ for line in sys.stdin:
         cluster.remove_node(added.pop(), allow_graceful=False)
     else:
         added.append(cluster.add_node(**node))
-    print("done", flush=True)
+    print("done", added[-1].node_id if added else "", flush=True)
 cluster.shutdown()
 """
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -57,6 +57,21 @@ class RayCluster:
         """End the node that was added last at once, as a machine that is switched off, and wait until it is gone."""
         self._tell(None)
 
+    def announce(self, seconds: int = 120) -> None:
+        """Let the node that `lose` would end be told that it will be taken away in so many seconds, as by a spot market."""
+        words = [
+            "drain-node",
+            "--address",
+            self.address,
+            "--node-id",
+            self._last,
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+        ]
+        words += ["--reason-message", "it is wanted elsewhere", "--deadline-remaining-seconds", str(seconds)]
+        ray = [sys.executable, "-m", "ray.scripts.scripts"]
+        subprocess.run([*ray, *words], check=True, capture_output=True, text=True, env=self.env)
+
     def python(self, *words: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess:
         """Run Python with these words beside the cluster, with its token."""
         return subprocess.run(
@@ -70,7 +85,7 @@ class RayCluster:
     def _tell(self, node: dict | None) -> None:
         self._process.stdin.write(json.dumps(node) + "\n")
         self._process.stdin.flush()
-        self._said("done")
+        self._last = self._said("done").split()[-1]
 
     def _said(self, start: str) -> str:
         for line in self._process.stdout:

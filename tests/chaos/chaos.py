@@ -239,10 +239,10 @@ class Chaos:
         (self.victim.faults / "device").touch()
         return self._happened("device")
 
-    def objects(self) -> bool:
-        """What the driver keeps for its actors is lost, and is needed since one of them dies."""
-        (self.victim.faults / "objects").touch()
-        return self._happened("objects") and self._one_of("ray::ColocatedWorker", "ray::ExpertActor")
+    def head(self) -> bool:
+        """Ray itself ends: the process that places all others, or the one that knows them. The driver cannot go on."""
+        found = [p for p in processes(self.victim.mark) if p.title.split(" ")[0].endswith(("/raylet", "/gcs_server"))]
+        return bool(found) and kill(self.draw.choice(found).pid)
 
     def _happened(self, fault: str) -> bool:
         flag, until = self.victim.faults / fault, time.monotonic() + 5
@@ -278,14 +278,14 @@ KINDS = {
     "disk_full": "disk full for up to 3 s",
     "disk_error": "disk errors for up to 3 s",
     "device": "CUDA error in an actor",
-    "objects": "objects in memory lost, actor killed",
+    "head": "Ray's head killed",
     "node": "node lost, another joins",
 }
 
 
 CLUSTER = ("node",)  # they need machines of their own
 # Exit codes of the command; Python itself ends by the signal while it still imports.
-ENDS = {"driver_killed": (-signal.SIGKILL,), "driver_interrupted": (130, -signal.SIGINT)}
+ENDS = {"driver_killed": (-signal.SIGKILL,), "driver_interrupted": (130, -signal.SIGINT), "head": (1,)}
 
 
 @dataclass

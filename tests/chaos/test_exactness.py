@@ -83,7 +83,7 @@ def test_one_node(placement, places, disturbed, local, tmp_path, ray_runtime, mo
 
 @pytest.mark.parametrize(("placement", "disturbed"), [("spread", False), ("colocate", True)])
 def test_three_nodes(placement, disturbed, local, tmp_path, three_nodes):
-    """Disturbed: actors are killed, one node is lost and another one joins."""
+    """Disturbed: actors are killed; one node is told that it will be taken away, is taken away, and another one joins."""
     words = [three_nodes.address, placement, "3" if disturbed else "", local[0].store.root, str(tmp_path)]
     env = {
         **three_nodes.env,
@@ -98,8 +98,11 @@ def test_three_nodes(placement, disturbed, local, tmp_path, three_nodes):
         said[kind] = text
         checkpoints += kind == "checkpoint"
         if disturbed and kind == "checkpoint" and checkpoints == 2:
+            three_nodes.announce()
+        if kind == "nodes_leaving":
             three_nodes.lose()
             three_nodes.add()
     assert driver.wait(60) == 0
     assert json.loads(said["hashes"]) == local[1]
+    assert ("nodes_leaving" in said) == disturbed
     assert int(said["killed"]) == (distilling.KILLS if disturbed else 0)

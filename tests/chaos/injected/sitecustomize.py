@@ -47,25 +47,9 @@ def voter_that_fails(committee) -> None:
     committee.Voter.vote = failing
 
 
-def objects_that_are_lost(crews) -> None:
-    """What the driver has put for its actors is freed: `objects`."""
-    for crew in (crews.Colocated, crews.Spread):
-
-        def losing(self, unfinished, grow=crew.grow):
-            if taken("objects"):
-                from ray._private.internal_api import free
-
-                kept = self._experts._spec_refs.values() if hasattr(self, "_experts") else [self._specs_ref]
-                free(list(kept))
-            return grow(self, unfinished)
-
-        crew.grow = losing
-
-
 HOOKS = {
     "cvdd_ray.data.disk": disk_that_fails,
     "cvdd_ray.core.committee": voter_that_fails,
-    "cvdd_ray.runner.crews": objects_that_are_lost,
 }
 
 
