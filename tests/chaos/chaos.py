@@ -1,171 +1,32 @@
 """Runs of the command line, disturbed by a seeded adversary at random moments, and compared with an undisturbed one.
 
-As a program (`make chaos`): many faults of every kind, and a table of what they cost.
+As a program (`make chaos`): many faults of every kind, and a table of what they cost. With `--recipe NAME` what is disturbed
+is that run from its beginning, once: `--recipe digits-demo --kinds driver_killed --each 10 --every 30` kills `make demo`.
 """
 
 import argparse
 import errno
-import hashlib
-import json
-import os
 import random
-import secrets
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from clusters import RayCluster
+from victim import Victim, config, contents, injected, kill, processes, tail
 
 import cvdd_ray
 from cvdd_ray.config import RunConfig
-from cvdd_ray.data.storage import Store
-from cvdd_ray.recipes import dump_config
+from cvdd_ray.recipes import load_config
 
 HUNG_S = 300.0  # a run that writes nothing for so long hangs
-BEFORE = ("pretrain", "prior", "initialize")
-
-
-def config() -> RunConfig:
-    """Four groups of one job each, some seconds of work in all; a student with a checkpoint after every epoch."""
-    return RunConfig(
-        ipc=(2,),
-        data={"source": "digits", "flip": False, "max_per_class": 20, "max_test": 50},
-        committee={"experts": ["resnet18", "shufflenet_v2"], "width": 0.125},
-        pretrain={"epochs": 1, "batch_size": 64, "lr": 0.005, "pad": 1},
-        prior={"ipc": 2, "iterations": 3, "epochs": 1},
-        initialize={"images_per_class": 4, "num_crops": 1},
-        synthesize={"iterations": 60, "lr": 0.1, "jobs_per_group": 1, "class_chunk": 5, "checkpoint_every": 5},
-        relabel={"epochs": 20, "batch_size": 10},
-        evaluate={"seeds": 1, "test_every": 10, "checkpoint_minutes": 0, "baselines": []},
-        runtime={"num_cpus": 2, "object_store_mb": 100},
-    )
-
-
-def contents(root: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a finished run's artifacts, manifests left out; of its students the curves."""
-    store, found = Store(str(root)), {}
-    for name in store.all_names():
-        if name.startswith((*BEFORE, "synthesize", "relabel")) and not name.endswith("manifest.json"):
-            found[name] = hashlib.sha256(store.read(name)).hexdigest()
-        elif name.startswith("evaluate") and name.endswith("results.json"):
-            found[name] = json.dumps([row["curve"] for row in json.loads(store.read(name))["runs"]])
-    return found
-
-
-# --------------------------------------------------------------------------------------------------- processes
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process of a run: its id, its title (Ray names what it does), its resident memory in pages."""
-
-    pid: int
-    title: str
-    pages: int
-
-
-def processes(mark: str) -> list[Process]:
-    """Return the processes that have `mark` in their environment, by id."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if mark.encode() in (folder / "environ").read_bytes():
-                    title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found.append(Process(int(folder.name), title, int((folder / "statm").read_text().split()[1])))
-            except OSError:  # it has ended meanwhile, or is another user's
-                pass
-    return sorted(found, key=lambda process: process.pid)
-
-
-def kill(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-# --------------------------------------------------------------------------------------------------- the victim
-
-
-class Victim:
-    """The command `cvdd run` in a process of its own, started again with the same words after whatever ended it."""
-
-    def __init__(self, calm: Path, folder: Path, placement: str, cluster: RayCluster | None):
-        self.out, self.faults, self.mark = folder / "run", folder / "faults", f"CHAOS_RUN={secrets.token_hex(8)}"
-        self.faults.mkdir(parents=True)
-        store, before = Store(str(self.out)), Store(str(calm))
-        for name in before.all_names():
-            if name.startswith(BEFORE):
-                store.take(before, name, name)
-        runtime = {"num_cpus": None, "address": cluster.address} if cluster else {"num_cpus": 2}
-        settings = config().model_dump() | {
-            "runtime": {**config().runtime.model_dump(), "placement": placement, **runtime}
-        }
-        (folder / "run.yaml").write_text(dump_config(RunConfig(**settings)))
-        self.command = [sys.executable, "-m", "cvdd_ray.cli", "run", str(folder / "run.yaml"), "--out", str(self.out)]
-        base = cluster.env if cluster else {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        name, value = self.mark.split("=")
-        self.env = {
-            **base,
-            **injected(self.faults),
-            name: value,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "CVDD_RAY_DISK_RETRY_S": "60",
-        }
-        self.log, self.starts = folder / "log", 0
-        self.start()
-
-    def start(self) -> None:
-        self.starts += 1
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=self.env, start_new_session=True, preexec_fn=heed_interrupts
-            )
-
-    def written(self) -> frozenset[tuple[str, int]]:
-        """Return what there is of the run: files, with the time when they were written."""
-        found = set()
-        for path in self.out.rglob("*"):
-            with suppress(FileNotFoundError):
-                if path.is_file() and path.suffix != ".tmp":
-                    found.add((str(path), path.stat().st_mtime_ns))
-        return frozenset(found)
-
-    def names(self, end: str) -> list[Path]:
-        """Return files of unfinished work."""
-        return sorted(self.out.glob(f"*/**/partial/**/*{end}"))
-
-    def end(self) -> None:
-        """Leave nothing of it behind."""
-        for process in processes(self.mark):
-            kill(process.pid)
-        self.process.wait()
-
-
-def heed_interrupts() -> None:
-    """What is started in the background of a shell ignores SIGINT otherwise."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def injected(faults: Path) -> dict[str, str]:
-    """Return what makes processes fail from inside, see injected/sitecustomize.py."""
-    path = os.pathsep.join([str(HERE / "injected"), str(HERE.parents[1]), str(HERE.parent)])
-    return {"PYTHONPATH": path, "CHAOS_FAULTS": str(faults)}
-
-
-# --------------------------------------------------------------------------------------------------- faults
 
 
 @dataclass
@@ -301,12 +162,13 @@ class Outcome:
 
 def disturbed(
     calm: Path, folder: Path, kinds: Sequence[str], seed: int, *, placement: str = "spread", every_s: float = 1.5,
-    cluster: RayCluster | None = None,
+    cluster: RayCluster | None = None, whole: RunConfig | None = None,
 ) -> Outcome:  # fmt: skip
     """Run the command with faults of these kinds, each at a random moment (`every_s` on average) after the run has got over
-    the one before and has written something; those that find nothing to hit wait. Return what came of it."""
+    the one before and has written something; those that find nothing to hit wait. Return what came of it. `calm` is where the
+    undisturbed run is, which it takes the stages before synthesis from unless it is a `whole` one."""
     started, outcome = time.monotonic(), Outcome([], list(kinds), 0.0)
-    victim = Victim(calm, folder, placement, cluster)
+    victim = Victim(whole or config(), None if whole else calm, folder, placement, cluster)
     chaos = Chaos(victim, random.Random(seed), cluster)
     struck: tuple[str, float] | None = None
     seen, moment, expected, wrote = victim.written(), None, {0}, started
@@ -352,10 +214,6 @@ def disturbed(
     return outcome
 
 
-def tail(log: Path) -> str:
-    return "\n".join(log.read_text().splitlines()[-30:])
-
-
 def calm_run(folder: Path) -> Path:
     """Return the directory of a run in this process that nothing disturbs."""
     settings = config().model_dump()
@@ -364,34 +222,61 @@ def calm_run(folder: Path) -> Path:
     return folder / "calm"
 
 
+def tiny_runs(folder: Path, args: argparse.Namespace, draw: random.Random) -> Iterator[tuple[str, Outcome]]:
+    """Disturb small runs until there was every fault, or time is over: private ones, then some on a cluster."""
+    started, calm = time.monotonic(), calm_run(folder)
+    todo = {"private": [kind for kind in args.kinds if kind not in CLUSTER] * args.each,
+            "cluster": [kind for kind in args.kinds if kind in CLUSTER] * args.each}  # fmt: skip
+    number = 0
+    for where, kinds in todo.items():
+        draw.shuffle(kinds)
+        while kinds and time.monotonic() - started < 60 * args.minutes:
+            at, seed, placement = folder / f"run{number}", draw.randrange(2**31), draw.choice(["spread", "colocate"])
+            if where == "private":
+                outcome = disturbed(calm, at, kinds, seed, placement=placement)
+            else:
+                with RayCluster(env=injected(at / "faults")) as cluster:
+                    for _ in range(2):
+                        cluster.add()
+                    outcome = disturbed(calm, at, kinds, seed, placement=placement, cluster=cluster)
+            kinds, number = outcome.left, number + 1
+            yield f"{placement}, {where}", outcome
+
+
+def one_recipe(folder: Path, args: argparse.Namespace, draw: random.Random) -> Iterator[tuple[str, Outcome]]:
+    """Run a recipe to its end, and once more from its beginning with faults; both as the command line does."""
+    whole, kinds = load_config(args.recipe, []), args.kinds * args.each
+    draw.shuffle(kinds)
+    calm = Victim(whole, None, folder / "calm", whole.runtime.placement, None)
+    try:
+        if calm.process.wait():
+            sys.exit(tail(calm.log))
+    finally:
+        calm.end()
+    yield args.recipe, disturbed(
+        calm.out, folder / "run", kinds, draw.randrange(2**31), placement=whole.runtime.placement, every_s=args.every,
+        whole=whole,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=5, help="faults of each kind")
     parser.add_argument("--minutes", type=float, default=25, help="begin no other run after so many")
+    parser.add_argument("--recipe", help="disturb this run instead, once")
+    parser.add_argument("--every", type=float, default=1.5, help="seconds between faults on average, with --recipe")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     args = parser.parse_args()
-    started, outcomes, draw = time.monotonic(), [], random.Random(args.seed)
-    todo = {"private": [kind for kind in args.kinds if kind not in CLUSTER] * args.each,
-            "cluster": [kind for kind in args.kinds if kind in CLUSTER] * args.each}  # fmt: skip
+    if args.recipe and set(args.kinds) & set(CLUSTER):
+        parser.error(f"--recipe runs without machines to lose; give --kinds without {', '.join(CLUSTER)}")
+    started, outcomes = time.monotonic(), []
     with TemporaryDirectory() as root:
-        calm = calm_run(Path(root))
-        for where, kinds in todo.items():
-            draw.shuffle(kinds)
-            while kinds and time.monotonic() - started < 60 * args.minutes:
-                folder, seed = Path(root) / f"run{len(outcomes)}", draw.randrange(2**31)
-                placement = draw.choice(["spread", "colocate"])
-                if where == "private":
-                    outcome = disturbed(calm, folder, kinds, seed, placement=placement)
-                else:
-                    with RayCluster(env=injected(folder / "faults")) as cluster:
-                        for _ in range(2):
-                            cluster.add()
-                        outcome = disturbed(calm, folder, kinds, seed, placement=placement, cluster=cluster)
-                kinds = outcome.left
-                outcomes.append(outcome)
-                print(f"{placement}, {where}: {len(outcome.faults)} faults in {outcome.wall_s:.0f} s, "
-                      f"{outcome.complaint or 'equal'}", flush=True)  # fmt: skip
+        runs = one_recipe if args.recipe else tiny_runs
+        for what, outcome in runs(Path(root), args, random.Random(args.seed)):
+            outcomes.append(outcome)
+            print(f"{what}: {len(outcome.faults)} faults in {outcome.wall_s:.0f} s, {outcome.complaint or 'equal'}",
+                  flush=True)  # fmt: skip
     bad = [outcome for outcome in outcomes if outcome.complaint]
     faults = [fault for outcome in outcomes for fault in outcome.faults]
     print("\n| fault | number | seconds until the run went on: median, most |\n|---|---:|---:|")
@@ -399,7 +284,8 @@ def main() -> None:
         if lost_s := sorted(seconds for other, seconds in faults if other == kind):
             print(f"| {KINDS[kind]} | {len(lost_s)} | {median(lost_s):.1f}, {lost_s[-1]:.1f} |")
     print(f"\n{len(faults)} faults of {len({kind for kind, _ in faults})} kinds in {len(outcomes)} runs, "
-          f"{(time.monotonic() - started) / 60:.0f} minutes; {len(bad)} lost, altered or hung")  # fmt: skip
+          f"{(time.monotonic() - started) / 60:.0f} minutes; {len(bad)} lost, altered or hung; "
+          f"{args.each * len(args.kinds) - len(faults)} faults not struck")  # fmt: skip
     sys.exit(bool(bad))
 
 
