@@ -118,15 +118,19 @@ class Victim:
     def written(self) -> frozenset[tuple[str, int]]:
         """Return what there is of the run: files, with the time when they were written."""
         found = set()
-        for path in self.out.rglob("*"):
+        for path in self._files():
             with suppress(FileNotFoundError):
-                if path.is_file() and path.suffix != ".tmp":
+                if path.suffix != ".tmp":
                     found.add((str(path), path.stat().st_mtime_ns))
         return frozenset(found)
 
     def names(self, end: str) -> list[Path]:
         """Return files of unfinished work."""
-        return sorted(self.out.glob(f"*/**/partial/**/*{end}"))
+        return sorted(path for path in self._files() if "partial" in path.parts and path.name.endswith(end))
+
+    def _files(self) -> list[Path]:
+        """Return the files that are there; unlike Path.rglob this lives with folders that go meanwhile."""
+        return [Path(folder) / name for folder, _, names in os.walk(self.out) for name in names]
 
     def end(self) -> None:
         """Leave nothing of it behind."""
