@@ -209,7 +209,7 @@ class InitializeConfig(Section):
 class SynthesizeConfig(Section):
     LATER: ClassVar[tuple[str, ...]] = (
         "crop_schedule", "crop_milestone", "roll_both_ways", "crop", "pad", "class_together", "densification",
-        "densification_temperature", "matching",
+        "densification_temperature", "matching", "precision",
     )  # fmt: skip
 
     iterations: Count = 4000
@@ -257,6 +257,9 @@ class SynthesizeConfig(Section):
     """Temperature of that term."""
     matching: MatchingConfig = MatchingConfig()
     """Which statistics bn_weight weighs; first_bn_multiplier is the first one's, convolutions included."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Arithmetic of the experts' votes: full, TF32 (matrix products and convolutions of a GPU; refused on a CPU), or bfloat16
+    autocast of the forward pass. Images, Adam, gradients, losses and matched statistics are float32 in all three."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -346,6 +349,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"evaluate.workers {self.evaluate.workers} needs several processes, runtime.engine 'local' is one; use "
                 f"engine 'ray', or workers 1"
+            )
+        if self.synthesize.precision == "tf32" and self.runtime.gpus_per_actor == 0:
+            raise ValueError(
+                "synthesize.precision 'tf32' is arithmetic of GPUs, but runtime.gpus_per_actor 0 keeps experts on CPU; use "
+                "float32, or leave gpus_per_actor out"
             )
         return self
 

@@ -43,7 +43,7 @@ Baseline = Literal[
 
 
 class EvaluateConfig(Section):
-    LATER: ClassVar[tuple[str, ...]] = ("loss", "label_weight", "ema", "optimizer")
+    LATER: ClassVar[tuple[str, ...]] = ("loss", "label_weight", "ema", "optimizer", "precision")
 
     students: Names = ("resnet18",)
     """Networks trained from scratch on the distilled set."""
@@ -76,6 +76,9 @@ class EvaluateConfig(Section):
     ema: Beta = 0.0
     """Decay of a moving average of a student's parameters, which is tested in its place (EDC: 0.99); BatchNorm's running
     statistics stay the student's own. 0: none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of a student's forward pass in training: full, or bfloat16 autocast with float32 weights, for GPUs; losses
+    and tests are float32."""
     seeds: Positive = 3
     """Students per row of the table; mean and standard deviation are over them."""
     first_seed: Count = 0

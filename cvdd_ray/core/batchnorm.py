@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cvdd_ray.core.precision import widened
+
 
 def group_moments(x_NCHW: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Return mean_GC and biased var_GC of every group's channels, as exact as two passes over the pixels are.
@@ -18,8 +20,9 @@ def group_moments(x_NCHW: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     Channels-last on a CPU, torch's own kernel takes each group in turn, which is about twice to five times as fast there.
     Elsewhere moments of single images, which lie together in memory, are joined to those of groups (the variance of a group
     is the mean of its images' variances plus the variance of their means): a handful of kernels for any number of groups.
-    torch.var_mean over (0, 2, 3) is several times slower than either.
+    torch.var_mean over (0, 2, 3) is several times slower than either. Of bfloat16 maps the sums are float32.
     """
+    x_NCHW = widened(x_NCHW)
     if x_NCHW.device.type == "cpu" and x_NCHW.is_contiguous(memory_format=torch.channels_last):
         groups = x_NCHW.split(len(x_NCHW) // num_groups)
         mean_GC, var_GC = zip(*(torch.batch_norm_update_stats(group, None, None, 0.0) for group in groups), strict=True)
@@ -34,12 +37,13 @@ def group_moments(x_NCHW: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 class _AffineWithMoments(torch.autograd.Function):
-    """y = x*scale + shift together with the group moments of x; one backward adds both gradients."""
+    """y = x*scale + shift together with the group moments of x; one backward adds both gradients. Of bfloat16 maps scale,
+    shift, moments and the sum of gradients are float32, y and the gradient that goes on bfloat16."""
 
     @staticmethod
     def forward(ctx, x_NCHW, scale_C, shift_C, num_groups):
         mean_GC, var_GC = group_moments(x_NCHW, num_groups)
-        y_NCHW = torch.addcmul(shift_C[:, None, None], x_NCHW, scale_C[:, None, None])
+        y_NCHW = torch.addcmul(shift_C[:, None, None], widened(x_NCHW), scale_C[:, None, None]).to(x_NCHW.dtype)
         ctx.save_for_backward(x_NCHW, scale_C, mean_GC)
         return y_NCHW, mean_GC, var_GC
 
@@ -47,7 +51,7 @@ class _AffineWithMoments(torch.autograd.Function):
     def backward(ctx, dy_NCHW, dmean_GC, dvar_GC):
         x_NCHW, scale_C, mean_GC = ctx.saved_tensors
         dx = _moments_gradient(x_NCHW, mean_GC, dmean_GC, dvar_GC)
-        return dx.addcmul_(dy_NCHW, scale_C[:, None, None]), None, None, None
+        return dx.addcmul_(widened(dy_NCHW), scale_C[:, None, None]).to(x_NCHW.dtype), None, None, None
 
 
 class GroupMoments(torch.autograd.Function):
@@ -61,7 +65,8 @@ class GroupMoments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dmean_GC, dvar_GC):
-        return _moments_gradient(*ctx.saved_tensors, dmean_GC, dvar_GC), None
+        x_NCHW, mean_GC = ctx.saved_tensors
+        return _moments_gradient(x_NCHW, mean_GC, dmean_GC, dvar_GC).to(x_NCHW.dtype), None
 
 
 def _moments_gradient(x_NCHW: Tensor, mean_GC: Tensor, dmean_GC: Tensor, dvar_GC: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def _moments_gradient(x_NCHW: Tensor, mean_GC: Tensor, dmean_GC: Tensor, dvar_GC
     values_per_channel = x_NCHW.numel() // (num_groups * x_NCHW.shape[1])
     slope_GC = dvar_GC * (2.0 / values_per_channel)
     offset_GC = dmean_GC / values_per_channel - slope_GC * mean_GC
-    grouped = x_NCHW.unflatten(0, (num_groups, -1))
+    grouped = widened(x_NCHW).unflatten(0, (num_groups, -1))
     return torch.addcmul(offset_GC[:, None, :, None, None], grouped, slope_GC[:, None, :, None, None]).flatten(0, 1)
 
 

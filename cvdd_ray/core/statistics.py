@@ -22,6 +22,7 @@ from cvdd_ray.core.augment import resample_matrix
 from cvdd_ray.core.batchnorm import GroupMoments, LayerNorms, MatchingBatchNorm, with_batchnorm_replaced
 from cvdd_ray.core.committee import Ballot, Vote
 from cvdd_ray.core.keys import from_key
+from cvdd_ray.core.precision import Precision, lowered, not_lowered, tensor_cores, widened
 
 POOLED = 32  # side in pixels at which images of a class are compared
 
@@ -134,8 +135,10 @@ class Recorder:
         return torch.cat([value.cpu() for value in values])
 
     def _note(self, number: int, x_NCHW: Tensor) -> None:
-        channels = GroupMoments.apply(x_NCHW, self._groups[0])
-        self._patches[number] = (*channels, *patch_moments(x_NCHW, self._groups[0], self._patch_size))
+        with not_lowered(x_NCHW.device):
+            channels = GroupMoments.apply(x_NCHW, self._groups[0])
+            tiles = patch_moments(widened(x_NCHW), self._groups[0], self._patch_size)
+        self._patches[number] = (*channels, *tiles)
 
 
 @torch.no_grad()
@@ -177,18 +180,24 @@ class MatchingVoter:
     """
 
     def __init__(
-        self, model: nn.Module, targets: Targets, *, matching: Matching, weight: float, first_multiplier: float
-    ):
+        self, model: nn.Module, targets: Targets, *, matching: Matching, weight: float, first_multiplier: float,
+        precision: Precision = "float32",
+    ):  # fmt: skip
         self._recorder, self._targets, self._matching = Recorder(model, matching.patch_size), targets, matching
-        self._weight, self._first_multiplier = weight, first_multiplier
+        self._weight, self._first_multiplier, self._precision = weight, first_multiplier, precision
         self._norms: LayerNorms | None = None
 
     def vote(self, ballot: Ballot) -> Vote:
         """Return gradient (G, B, C, H, W), cross-entropy (G,), term (G,) and averages (G, S), on the ballot's device."""
+        with tensor_cores(self._precision):
+            return self._vote(ballot)
+
+    def _vote(self, ballot: Ballot) -> Vote:
         num_groups = len(ballot.views_GBCHW)
         views_GBCHW = ballot.views_GBCHW.detach().requires_grad_(True)
-        logits_NK, now_GS = self._recorder(views_GBCHW.flatten(0, 1), num_groups)
-        loss_N = F.cross_entropy(logits_NK, ballot.labels_GB.flatten(), reduction="none")
+        with lowered(self._precision, views_GBCHW.device):
+            logits_NK, now_GS = self._recorder(views_GBCHW.flatten(0, 1), num_groups)
+        loss_N = F.cross_entropy(widened(logits_NK), ballot.labels_GB.flatten(), reduction="none")
         cross_entropy_G = loss_N.view(num_groups, -1).mean(1)
         term_G, memory_GS = self._term(now_GS, ballot)
         (gradient_GBCHW,) = torch.autograd.grad((cross_entropy_G + self._weight * term_G).sum(), views_GBCHW)

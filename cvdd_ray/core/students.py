@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.microbatches import micro_batches_per_call, own_statistics
+from cvdd_ray.core.precision import Precision, lowered, widened
 from cvdd_ray.core.schedules import student_lr
 from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
 from cvdd_ray.core.workers import ALONE, RunningStatistics, Workers
@@ -84,6 +85,7 @@ class StudentSettings:
     label_weight: float | None = None
     ema: float = 0.0
     optimizer: str = "adamw"
+    precision: Precision = "float32"
 
     def at(self, epoch: int) -> "StudentSettings":
         """Return the numbers that hold in one epoch; hard labels know no temperature, in no phase."""
@@ -166,7 +168,9 @@ class StudentTraining:
                     statistics.before(before + call[0], len(call))
                     torch.manual_seed(key(self._seed, "student-epoch", epoch, plan.batch, call[0]))
                     sizes_of_call[:] = [sizes[k] for k in call]
-                    logits_M = self.student(views).split(sizes_of_call)
+                    with lowered(s.precision, device):
+                        logits = self.student(views)
+                    logits_M = widened(logits).split(sizes_of_call)
                     loss_M, agreed = micro_losses(
                         logits_M, [targets_M[k] for k in call], s.temperature,
                         labels_M and [labels_M[k] for k in call], s.label_weight,

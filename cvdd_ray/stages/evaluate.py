@@ -134,6 +134,7 @@ def student_settings(run: Run, epochs: int, num_images: int) -> StudentSettings:
         label_weight=c.label_weight if c.loss == "mse_gt" else None,
         ema=c.ema,
         optimizer=c.optimizer,
+        precision=c.precision,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from cvdd_ray.core.committee import Committee
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.patches import noise_image
+from cvdd_ray.core.precision import Precision
 from cvdd_ray.core.statistics import Matching
 from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group, final_losses
 from cvdd_ray.data.datasets import DatasetInfo, denormalize, normalize
@@ -31,12 +32,13 @@ MEMORY = "memory/"  # of an expert's statistics, in a checkpoint
 
 @dataclass(frozen=True)
 class VoterSettings:
-    """What a voter needs besides its weights: r_bn, the multiplier of the first layer's term, and how more statistics than
-    BatchNorm's are matched, if they are."""
+    """What a voter needs besides its weights: r_bn, the multiplier of the first layer's term, how more statistics than
+    BatchNorm's are matched, if they are, and in which arithmetic it votes."""
 
     bn_weight: float
     first_bn_multiplier: float
     matching: Matching | None = None
+    precision: Precision = "float32"
 
 
 def in_order(images_SLCHW: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from cvdd_ray.core.experts import work_device
+from cvdd_ray.core.precision import require_tf32_device
 from cvdd_ray.recipes import dump_config, parse_config, without_place
 from cvdd_ray.stages.arms import label_sets
 from cvdd_ray.stages.ceiling import ceiling, check_ceiling
@@ -39,8 +41,19 @@ def check(run: Run) -> None:
         check_workers(run, ipc)
     check_ceiling(run)
     check_networks(run)
+    check_precision(run)
     for ipc in {*c.ipc, *([c.prior.ipc] if measured else [])}:
         class_items(run, ipc)
+
+
+def check_precision(run: Run) -> None:
+    """Raise ConfigError for tf32 on a machine without a GPU where images are still to be made on it; what a joined cluster
+    has, its workers see themselves."""
+    c = run.config
+    if c.synthesize.precision != "tf32" or c.runtime.address is not None:
+        return
+    if any(run.artifacts.manifest(f"synthesize/ipc{ipc}") is None for ipc in c.ipc):
+        require_tf32_device(c.synthesize.precision, work_device())
 
 
 def remember(run: Run, verb: str = "run") -> None:

@@ -179,7 +179,7 @@ def plan(
         )
     if calibrate:
         calls = {name: (expert(run, name), *call) for name, call in largest_calls(counted).items()}
-        speed = measured_speed(calls, config.runtime.threads_per_actor)
+        speed = measured_speed(calls, config.runtime.threads_per_actor, config.synthesize.precision)
     runtime, timed = run.config.runtime, speed is not None
     machines = _Machines(
         nodes * gpus_per_node, gpus_per_node, speed or ONE_FLOP_PER_S, wire or Wire(), runtime.groups_in_flight
@@ -334,7 +334,12 @@ def _coarse(run: Run, stage: StageCount, machines: _Machines) -> str | None:
 
 def _notes(run: Run, counted: Sequence[StageCount], stages: Sequence[StagePlan], machines: _Machines, gpu: str | None):
     """Yield what a reader should know before trusting or changing the numbers."""
-    config, gpus = run.config, machines.gpus
+    config, gpus, precision = run.config, machines.gpus, run.config.synthesize.precision
+    if precision != "float32" and machines.speed.source.startswith("ASSUMED"):
+        yield (
+            f"the assumed speed is of float32, synthesize.precision is {precision}: votes are faster than that by what only "
+            f"--calibrate on such a GPU can say"
+        )
     memory = known_gpu(gpu).memory_bytes if gpu else math.inf
     for stage in stages:
         if stage.gpu_bytes > memory:

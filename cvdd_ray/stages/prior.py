@@ -23,7 +23,7 @@ from cvdd_ray.stages.votes import PRIORS, needs_priors
 
 STUDENT = {
     "lr", "weight_decay", "eta", "temperature", "schedule", "warmup_epochs", "phases", "loss", "label_weight", "ema",
-    "optimizer",
+    "optimizer", "precision",
 }  # fmt: skip
 """Settings of `evaluate` that a prior depends on."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
+from cvdd_ray.core.precision import require_tf32_device
 from cvdd_ray.core.statistics import MatchingVoter, read_targets
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError, NumericsError
@@ -131,10 +132,14 @@ def local_committee(experts: Mapping[str, ExpertSpec], voter: VoterSettings, dev
 
 
 def local_voter(spec: ExpertSpec, voter: VoterSettings, device) -> Voter | MatchingVoter:
-    """Return one expert built on `device`, ready to vote."""
+    """Return one expert built on `device`, ready to vote.  Raises ConfigError for tf32 on a CPU."""
+    require_tf32_device(voter.precision, device)
     if voter.matching is not None:
         return MatchingVoter(
             spec.build(device), read_targets(spec.statistics), matching=voter.matching, weight=voter.bn_weight,
-            first_multiplier=voter.first_bn_multiplier,
+            first_multiplier=voter.first_bn_multiplier, precision=voter.precision,
         )  # fmt: skip
-    return Voter(spec.build(device), bn_weight=voter.bn_weight, first_bn_multiplier=voter.first_bn_multiplier)
+    return Voter(
+        spec.build(device), bn_weight=voter.bn_weight, first_bn_multiplier=voter.first_bn_multiplier,
+        precision=voter.precision,
+    )  # fmt: skip

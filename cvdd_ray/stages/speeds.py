@@ -10,6 +10,7 @@ from cvdd_ray.core.committee import Ballot, Voter
 from cvdd_ray.core.costs import Network, vote_cost
 from cvdd_ray.core.experts import prepare_torch
 from cvdd_ray.core.models import build_seeded
+from cvdd_ray.core.precision import Precision, require_tf32_device
 from cvdd_ray.errors import ConfigError
 
 UTILIZATION = 0.35
@@ -19,8 +20,8 @@ BUDGET_S = 30.0  # of a whole calibration, about
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU model: peak dense FLOP/s in float32 outside of tensor cores, which is what synthesis computes in
-    (core/experts.py turns TF32 off), and bytes of memory."""
+    """A GPU model: peak dense FLOP/s in float32 outside of tensor cores, which is what synthesis computes in unless
+    `synthesize.precision` says otherwise (core/experts.py turns TF32 off), and bytes of memory."""
 
     flops_per_s: float
     memory_bytes: int
@@ -80,18 +81,22 @@ def assumed_speed(gpu: str, utilization: float) -> Speed:
     )
 
 
-def measured_speed(calls: Mapping[str, tuple[Network, int, int]], threads: int) -> Speed:
+def measured_speed(
+    calls: Mapping[str, tuple[Network, int, int]], threads: int, precision: Precision = "float32"
+) -> Speed:
     """Measure votes on this machine's device: experts by name with the groups and images per group of their largest call.
+    Raises ConfigError for tf32 on a CPU.
 
     Random weights; on a device that would take too long the call has fewer images.  What an expert reaches in votes is taken
     for all of its network's work; for other work what all reach together.
     """
     device = prepare_torch(threads)
+    require_tf32_device(precision, device)
     flops = seconds = 0.0
     of_network, said = {}, []
     for name, (network, num_groups, group_images) in calls.items():
         model = build_seeded(name, network.num_classes, network.image_size, width=network.width, seed=0).to(device)
-        voter = Voter(model, bn_weight=0.01, first_bn_multiplier=10.0)
+        voter = Voter(model, bn_weight=0.01, first_bn_multiplier=10.0, precision=precision)
         _vote_s(voter, network, 1, TRIAL_IMAGES, device)
         per_image_s = _vote_s(voter, network, 1, TRIAL_IMAGES, device) / TRIAL_IMAGES
         affordable = BUDGET_S / (2 * len(calls) * per_image_s)
