@@ -80,7 +80,7 @@ class CommitteeConfig(Section):
 
 
 class PretrainConfig(Section):
-    LATER: ClassVar[tuple[str, ...]] = ("warmup_epochs", "schedule")
+    LATER: ClassVar[tuple[str, ...]] = ("warmup_epochs", "schedule", "workers", "checkpoint_minutes")
 
     epochs: Positive = 200
     """Passes over the train split (without hold-out)."""
@@ -104,9 +104,19 @@ class PretrainConfig(Section):
     """Padding of the random crop in pixels."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass: full, or bfloat16 autocast with float32 weights (about twice as fast)."""
+    workers: Positive = 1
+    """Processes that train one expert together through Ray Train, with a GPU each where there are any; each normalises its
+    part of a batch by itself."""
+    checkpoint_minutes: NonNegative = 5.0
+    """Minutes between checkpoints of an unfinished expert (0: after every epoch)."""
 
     @model_validator(mode="after")
     def _check(self):
+        if self.batch_size < 2 * self.workers:
+            raise ValueError(
+                f"workers {self.workers} would leave each fewer than 2 of batch_size {self.batch_size} images, which BatchNorm "
+                f"needs; use fewer workers or larger batches"
+            )
         if self.schedule == "constant" and (self.cosine_epochs or self.warmup_epochs):
             raise ValueError("cosine_epochs and warmup_epochs have no effect with schedule 'constant'; leave them out")
         if self.warmup_epochs >= (self.cosine_epochs or self.epochs):
@@ -345,11 +355,12 @@ class RunConfig(Section):
                 f"synthesize.class_together optimises all images of a class with the same voters, but voting.selection "
                 f"{v.selection!r} picks them image by image; use 'fixed' or 'top', or voting.size={len(self.committee.experts)}"
             )
-        if self.evaluate.workers > 1 and self.runtime.engine == "local":
-            raise ValueError(
-                f"evaluate.workers {self.evaluate.workers} needs several processes, runtime.engine 'local' is one; use "
-                f"engine 'ray', or workers 1"
-            )
+        for name, workers in (("pretrain", self.pretrain.workers), ("evaluate", self.evaluate.workers)):
+            if workers > 1 and self.runtime.engine == "local":
+                raise ValueError(
+                    f"{name}.workers {workers} needs several processes, runtime.engine 'local' is one; use engine 'ray', or "
+                    f"workers 1"
+                )
         if self.synthesize.precision == "tf32" and self.runtime.gpus_per_actor == 0:
             raise ValueError(
                 "synthesize.precision 'tf32' is arithmetic of GPUs, but runtime.gpus_per_actor 0 keeps experts on CPU; use "

@@ -127,6 +127,7 @@ _DRAWN = tuple(kind for kind in Domain.model_fields if kind != "grid")
 _NO_EFFECT = {
     "evaluate.seeds": "set sweep.seeds", "evaluate.test_every": "set sweep.report_every",
     "evaluate.baselines": "they belong to `cvdd run`", "evaluate.first_seed": "set sweep.seeds",
+    "pretrain.workers": "its experts train in one process each", "pretrain.checkpoint_minutes": "set it in the base recipe",
     "evaluate.workers": "its students train in one process", "evaluate.checkpoint_minutes": "set sweep.checkpoint_every",
 }  # fmt: skip
 _ONLY_WITH = {"grace_epochs": "asha", "reduction_factor": "asha", "perturb_epochs": "pbt"}

@@ -4,7 +4,8 @@ Legend: N images, B images of a batch, C channels, K classes, S pixels.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvdd_ray.core.augment import Views, apply_views, draw_boxes
-from cvdd_ray.core.keys import generator
+from cvdd_ray.core.keys import generator, key
 from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.errors import NumericsError
 
@@ -68,41 +69,125 @@ def _schedule(optimizer: torch.optim.Optimizer, s: PretrainSettings) -> torch.op
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [climb, cosine], [s.warmup_epochs])
 
 
+class ExpertTraining:
+    """One network in training on real images: the network, its optimiser and schedule, and the next epoch (0-based).
+
+    Its state can be saved after any epoch and loaded into a fresh one, which then goes on bit for bit: batches come from
+    outside, what a network draws by itself (dropout) from (seed, epoch, worker). Several `workers` each take their part of every
+    batch, and normalise it with its own BatchNorm statistics; gradients are summed before every step, running statistics
+    averaged after every epoch.  Raises NumericsError when the loss stops being finite.  Source: spec section 2.
+    """
+
+    def __init__(self, model: nn.Module, settings: PretrainSettings, seed: int = 0, workers: Workers = ALONE):
+        s, self.model, self.next_epoch = settings, model, 0
+        if s.optimizer == "adam":
+            self._optimizer = torch.optim.Adam(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+        else:
+            self._optimizer = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
+        self._scheduler = _schedule(self._optimizer, s)
+        self._s, self._seed, self._workers = s, seed, workers
+        model.to(memory_format=torch.channels_last)
+
+    def run_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Train one epoch on (images_BCSS, labels_B), this worker's part of every batch, and return mean loss and train accuracy
+        in percent, of all workers. The schedule steps once per epoch."""
+        device, epoch = next(self.model.parameters()).device, self.next_epoch
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, images
+        self.model.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(key(self._seed, "pretrain-epoch", epoch, self._workers.rank))
+            for images_BCSS, labels_B in batches:
+                totals += self._step(images_BCSS, labels_B)
+        self._scheduler.step()
+        self._average_running_statistics()
+        totals = totals.to(device)
+        self._workers.all_reduce([totals])
+        loss_sum, correct, seen = totals.tolist()
+        if not math.isfinite(loss_sum):
+            raise NumericsError(f"pretraining diverged in epoch {epoch + 1}: the loss is not finite; lower pretrain.lr")
+        self.next_epoch += 1
+        return loss_sum / seen, 100.0 * correct / seen
+
+    def _step(self, images_BCSS: Tensor, labels_B: Tensor) -> Tensor:
+        images_BCSS = images_BCSS.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images_BCSS.device.type, torch.bfloat16, enabled=self._s.precision == "bfloat16"):
+            logits_BK = self.model(images_BCSS)
+        loss = F.cross_entropy(logits_BK.float(), labels_B)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._share(loss, len(labels_B)).backward()
+        if self._workers.world_size > 1:
+            self._workers.all_reduce([p.grad for p in self.model.parameters() if p.grad is not None])
+        self._optimizer.step()
+        correct = int((logits_BK.argmax(1) == labels_B).sum())
+        return torch.tensor([float(loss.detach()) * len(labels_B), correct, len(labels_B)], dtype=torch.float64)
+
+    def _share(self, loss: Tensor, num_images: int) -> Tensor:
+        """Return this worker's part of the mean loss over the images of all workers."""
+        if self._workers.world_size == 1:
+            return loss
+        total = torch.tensor(num_images, device=loss.device)
+        self._workers.all_reduce([total])
+        return loss * (num_images / int(total))
+
+    def _average_running_statistics(self) -> None:
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if self._workers.world_size > 1 and buffers:
+            self._workers.all_reduce(buffers)
+            torch._foreach_div_(buffers, self._workers.world_size)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything the next epoch depends on, as tensors by name (copies)."""
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        for index, moments in self._optimizer.state_dict()["state"].items():
+            found = {name: value for name, value in moments.items() if value is not None}
+            tensors |= {f"optimizer/{index}/{name}": value for name, value in found.items()}
+        tensors["next_epoch"] = torch.tensor(self.next_epoch)
+        return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state()` of the same network and settings."""
+        self.model.load_state_dict({n.removeprefix("model/"): v for n, v in state.items() if n.startswith("model/")})
+        parameters = list(self.model.parameters())
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer/"):
+                _, index, moment = name.split("/")
+                if value.ndim:  # in memory as its parameter lies
+                    value = torch.empty_like(parameters[int(index)]).copy_(value)
+                moments.setdefault(int(index), {})[moment] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        with warnings.catch_warnings():  # of a schedule that steps before its optimiser; it has, in another process
+            warnings.simplefilter("ignore", UserWarning)
+            while self.next_epoch < int(state["next_epoch"]):
+                self._scheduler.step()
+                self.next_epoch += 1
+
+
+OnEpoch = Callable[[ExpertTraining, float, float], None]
+
+
 def pretrain_expert(
     model: nn.Module,
     epoch_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     settings: PretrainSettings,
-    on_epoch: Callable[[int, float, float], None] = lambda epoch, loss, accuracy: None,
+    on_epoch: OnEpoch = lambda training, loss, accuracy: None,
+    *,
+    seed: int = 0,
+    workers: Workers = ALONE,
+    start: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Train `model` in place with hard-label cross-entropy; `epoch_batches(epoch)` yields (images_BCSS, labels_B).
 
-    The schedule steps once per epoch; the last epoch's weights are the result. `on_epoch` gets (epoch, mean loss, train
-    accuracy in percent).  Raises NumericsError when the loss stops being finite.  Source: spec section 2.
+    The last epoch's weights are the result. `on_epoch` gets the training after each epoch, its mean loss and train accuracy in
+    percent; `start` is a state to go on from.  Raises NumericsError when the loss stops being finite.  Source: spec section 2.
     """
-    s = settings
-    if s.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
-    scheduler = _schedule(optimizer, s)
-    model.train().to(memory_format=torch.channels_last)
-    for epoch in range(s.epochs):
-        loss_sum, correct, seen = 0.0, 0, 0
-        for images_BCSS, labels_B in epoch_batches(epoch):
-            images_BCSS = images_BCSS.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(images_BCSS.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
-                logits_BK = model(images_BCSS)
-            loss = F.cross_entropy(logits_BK.float(), labels_B)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            loss_sum += float(loss.detach()) * len(labels_B)
-            correct += int((logits_BK.argmax(1) == labels_B).sum())
-            seen += len(labels_B)
-        scheduler.step()
-        if not math.isfinite(loss_sum):
-            raise NumericsError(f"pretraining diverged in epoch {epoch + 1}: the loss is not finite; lower pretrain.lr")
-        on_epoch(epoch, loss_sum / seen, 100.0 * correct / seen)
+    training = ExpertTraining(model, settings, seed, workers)
+    if start is not None:
+        training.load(start)
+    workers.require_equal(training.next_epoch, "next epoch", next(model.parameters()).device)
+    while training.next_epoch < settings.epochs:
+        on_epoch(training, *training.run_epoch(epoch_batches(training.next_epoch)))
     model.eval().to(memory_format=torch.contiguous_format)
 
 
@@ -124,11 +209,17 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], workers
     return 100.0 * correct / seen
 
 
-def shuffled_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> tuple[list[Tensor], torch.Generator]:
-    """Return the index batches of one pretraining epoch and the generator for its augmentation. A last batch of one
-    image is left out: it has no batch statistics."""
+def shuffled_batches(
+    num_images: int, batch_size: int, seed: int, epoch: int, workers: Workers = ALONE
+) -> tuple[list[Tensor], torch.Generator]:
+    """Return the index batches of one pretraining epoch and the generator for its augmentation: of several workers the batches'
+    parts of this one, and its own generator. A last batch that would leave a worker with one image is left out: that has no
+    batch statistics."""
     draw = generator(seed, "pretrain", epoch)
     batches = list(torch.randperm(num_images, generator=draw).split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) < 2 * workers.world_size:
         batches.pop()
+    if workers.world_size > 1:
+        batches = [batch[workers.rank :: workers.world_size] for batch in batches]
+        draw = generator(seed, "pretrain", epoch, workers.rank)
     return batches, draw

@@ -228,18 +228,24 @@ def task_share(c: RuntimeConfig) -> Share:
 
 
 def student_share(c: RuntimeConfig, num_workers: int) -> tuple[Share, int]:
-    """Return what each of the workers of one student asks for, and how many students can be trained at once.
+    """Return what each of the workers of one student or expert asks for, and how many such can be trained at once.
 
     With GPUs: one each, since NCCL takes one process per GPU. Without: their threads, or fewer cores where there are not
     enough. A cluster that was joined may grow, so more may be asked of it than it has.
-    Raises ConfigError when a private cluster has fewer GPUs than workers.
+    Raises ConfigError when a private cluster has fewer GPUs than workers, and in a trial of a sweep, which has no room.
     """
+    if worker_bundles() is not None:
+        raise ConfigError(
+            f"pretrain.workers: got {num_workers}, but a trial trains an expert in one process; make the experts with "
+            f"`cvdd pretrain` and take them over with --reuse, or set pretrain.workers=1"
+        )
     gpus = [] if c.gpus_per_actor == 0 else places_with("GPU")
     if gpus:
         places = sum(int(amount) for amount in gpus)
         if places < num_workers and c.address is None:
             raise ConfigError(
-                f"evaluate.workers: {num_workers} workers take one GPU each, this machine has {places}; use at most {places}"
+                f"workers (of pretrain or evaluate): {num_workers} take one GPU each, this machine has {places}; use at most "
+                f"{places}"
             )
         return Share(0.0, 1.0), max(1, places // num_workers)
     cpus, most = places_with("CPU"), float(c.threads_per_actor)

@@ -4,19 +4,20 @@ It has no IPC, so it is one stage for all of them.
 """
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cvdd_ray.config import PretrainConfig
 from cvdd_ray.core.experts import work_device
 from cvdd_ray.core.keys import key
-from cvdd_ray.core.training import accuracy, pretrain_expert
+from cvdd_ray.core.training import ExpertTraining, accuracy, pretrain_expert
 from cvdd_ray.data.datasets import DatasetInfo
+from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.arms import CEILING
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import RESULTS, build_student, summarize
+from cvdd_ray.stages.kept import Kept
 from cvdd_ray.stages.pretrain import pretrain_settings
 from cvdd_ray.stages.real import SMALL, Split, split_for_workers, test_batches, train_batches
 
@@ -25,11 +26,13 @@ STAGE = "evaluate/real"
 
 @dataclass(frozen=True)
 class CeilingTask:
-    """One student: network, seed number, epochs between tests."""
+    """One student: network, seed number, epochs between tests; where its checkpoint goes, and minutes between two of them."""
 
     student: str
     seed: int
     test_every: int
+    checkpoint: str
+    checkpoint_minutes: float
 
 
 def ceiling(run: Run) -> None:
@@ -43,20 +46,22 @@ def ceiling(run: Run) -> None:
     shown = c.evaluate.model_dump(include={"students", "seeds", "first_seed", "test_every"})
     settings = {
         "evaluate": {**shown, "width": run.width},
-        "pretrain": c.pretrain.counted(),
+        "pretrain": c.pretrain.counted(exclude={"workers", "checkpoint_minutes"}),
         "data.flip": c.data.flip,
     }
     plan = run.plan(STAGE, settings, {"train": run.real.train.fingerprint, "test": run.real.test.fingerprint})
     with run.stage(plan, "evaluate real") as work:
         if work is None:
             return
-        items = {
-            f"{student}-seed{seed}": CeilingTask(student, seed, c.evaluate.test_every)
+        names = {
+            f"{student}-seed{seed}": (student, seed, c.evaluate.test_every)
             for seed in range(c.evaluate.first_seed, c.evaluate.first_seed + c.evaluate.seeds)
             for student in c.evaluate.students
         }
+        minutes = c.pretrain.checkpoint_minutes
+        items = {name: CeilingTask(*which, work.checkpoint(name), minutes) for name, which in names.items()}
         train, test = (split_for_workers(split, run.info) for split in (run.real.train, run.real.test))
-        shared = (train, test, run.info, c.pretrain, run.width, c.data.flip, c.seed)
+        shared = (run.store, train, test, run.info, c.pretrain, run.width, c.data.flip, c.seed)
         done = work.each(train_on_all, items, shared, doing=f"{len(items)} students on all real images")
         results = [json.loads(data) for data in done.values()]
         work.commit(
@@ -83,13 +88,13 @@ def check_ceiling(run: Run) -> None:
 
 
 def train_on_all(
-    task: CeilingTask, train: Split, test: Split, info: DatasetInfo, c: PretrainConfig, width: float, flip: bool, seed: int,
-    report: Callable[[dict], None],
+    task: CeilingTask, store: Store, train: Split, test: Split, info: DatasetInfo, c: PretrainConfig, width: float, flip: bool,
+    seed: int, report: Callable[[dict], None],
 ) -> bytes:  # fmt: skip
-    """Train one student and return its row as JSON, as `evaluate.run_student` does."""
-    started, device = time.monotonic(), work_device()
+    """Train one student, from its checkpoint if there is one, and return its row as JSON, as `evaluate.run_student` does."""
+    device, kept = work_device(), Kept(store, task.checkpoint, task.checkpoint_minutes, "student", report)
     model, model_seed = build_student(task.student, task.seed, info, seed, width)
-    curve = []
+    state, curve = kept.start or (None, [])
 
     def epoch_batches(epoch: int):
         return train_batches(
@@ -97,12 +102,15 @@ def train_on_all(
             epoch=epoch, device=device,
         )  # fmt: skip
 
-    def on_epoch(epoch: int, loss: float, train_accuracy: float) -> None:
+    def on_epoch(training: ExpertTraining, loss: float, train_accuracy: float) -> None:
+        epoch = training.next_epoch - 1
         if epoch % task.test_every == 0 or epoch == c.epochs - 1:
             curve.append((epoch, loss, train_accuracy, accuracy(model, test_batches(test, info, device))))
-        report({"done": (epoch + 1) / c.epochs})
+        if training.next_epoch < c.epochs:
+            kept.save(training.state, curve)
+        report({"done": training.next_epoch / c.epochs})
 
-    pretrain_expert(model, epoch_batches, pretrain_settings(c), on_epoch)
+    pretrain_expert(model, epoch_batches, pretrain_settings(c), on_epoch, seed=key(model_seed, "ceiling"), start=state)
     row = {"last": curve[-1][3], "best": max(row[3] for row in curve), "curve": curve}
-    row["wall_s"] = round(time.monotonic() - started, 2)
+    row["wall_s"] = kept.wall_s()
     return json.dumps({"arm": CEILING, "student": task.student, "seed": task.seed, **row}).encode()

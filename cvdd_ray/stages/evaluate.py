@@ -2,8 +2,7 @@
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +19,12 @@ from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
 from cvdd_ray.data.labels import ONLINE
 from cvdd_ray.data.shards import label_files, open_labels
-from cvdd_ray.data.states import read_state, write_state
 from cvdd_ray.data.storage import Store
-from cvdd_ray.errors import ArtifactError, ConfigError
+from cvdd_ray.errors import ConfigError
 from cvdd_ray.stages.arms import CEILING, TRAINING_SETS, sized_rows
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import load_image_set
+from cvdd_ray.stages.kept import Kept
 from cvdd_ray.stages.real import Split, split_for_workers, test_batches
 from cvdd_ray.stages.relabel import LABELS, Labeller, OnlineLabels, ViewSettings, online_labels
 
@@ -185,45 +184,13 @@ def run_student(
             plans = views_without_cutmix(views).plans(epoch, len(hard_N))
             return [(plan, hard_N[plan.image_index_B]) for plan in plans]
 
-    kept = KeptStudent(store, task.checkpoint, task.checkpoint_minutes, report)
+    kept = Kept(store, task.checkpoint, task.checkpoint_minutes, "student", report)
     curve = fit_student(
         task.student, task.seed, (arm.images_NCHW, arm.labels_N), epoch_rows, test, info, s, views.seed, width, report,
         workers=workers, kept=kept,
     )  # fmt: skip
     row = {"last": curve[-1][3], "best": max(row[3] for row in curve), "curve": curve, "wall_s": kept.wall_s()}
     return json.dumps({"arm": task.arm, "student": task.student, "seed": task.seed, **row}).encode()
-
-
-class KeptStudent:
-    """The checkpoint of an unfinished student: its state, its curve and the seconds it has taken.
-
-    `start` is what there was (state, curve); None at first, and where it is damaged, which is reported: {"say": text}.
-    """
-
-    def __init__(self, store: Store, name: str, minutes: float, report: Callable[[dict], None]):
-        self._store, self._name, self._every_s = store, name, 60 * minutes
-        self.start: tuple[Mapping[str, torch.Tensor], Curve] | None = None
-        self._saved = self._started = time.monotonic()
-        if store.exists(name):
-            data = store.read(name)
-            try:
-                state, about = read_state(data, f"{store.display(name)}, a student's checkpoint, is damaged")
-            except ArtifactError as error:
-                report({"say": f"{error}; the student begins again"})
-                return
-            self.start = state, [tuple(row) for row in about["curve"]]
-            self._started -= about["wall_s"]
-
-    def save(self, training: StudentTraining, curve: Curve) -> None:
-        """Write it if the last time is long enough ago."""
-        if time.monotonic() - self._saved >= self._every_s:
-            about = {"curve": curve, "wall_s": self.wall_s()}
-            self._store.write(self._name, write_state(training.state(), about))
-            self._saved = time.monotonic()
-
-    def wall_s(self) -> float:
-        """Seconds of training so far, those before an interruption included."""
-        return round(time.monotonic() - self._started, 2)
 
 
 def build_student(student: str, seed_number: int, info: DatasetInfo, seed: int, width: float) -> tuple[nn.Module, int]:
@@ -242,7 +209,7 @@ def on_device(rows: Iterable[tuple[BatchPlan, torch.Tensor]], device: torch.devi
 def fit_student(
     student: str, seed_number: int, train: tuple[np.ndarray, np.ndarray], epoch_rows: Callable, test: Split, info: DatasetInfo,
     s: StudentSettings, seed: int, width: float, report: Callable[[dict], None], *,
-    workers: Workers = ALONE, kept: KeptStudent | None = None,
+    workers: Workers = ALONE, kept: Kept | None = None,
 ) -> Curve:  # fmt: skip
     """Train one student on (plan, targets) rows of uint8 images and their labels, from where it was `kept`, and return its
     curve, see `train_student`."""
@@ -253,7 +220,7 @@ def fit_student(
 
     def on_epoch(training: StudentTraining, curve: Curve) -> None:
         if kept and workers.rank == 0 and training.next_epoch < s.epochs:
-            kept.save(training, curve)
+            kept.save(training.state, curve)
         report({"done": training.next_epoch / s.epochs})
 
     return train_student(

@@ -1,8 +1,8 @@
 """pretrain (squeeze): train the committee's experts on the real train split, side by side (spec section 2)."""
 
 import json
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,16 +18,31 @@ from cvdd_ray.core.models import (
     save_weights,
     weights_from_bytes,
 )
-from cvdd_ray.core.training import PretrainSettings, accuracy, pretrain_expert
+from cvdd_ray.core.training import ExpertTraining, PretrainSettings, accuracy, pretrain_expert
+from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.data.artifacts import StagePlan, sha256
 from cvdd_ray.data.cache import local_copy
 from cvdd_ray.data.datasets import DatasetInfo
 from cvdd_ray.data.remote import is_uri, without_secrets
+from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError, CvddError
 from cvdd_ray.stages.context import Run
+from cvdd_ray.stages.kept import Kept
 from cvdd_ray.stages.real import SMALL, Split, split_for_workers, test_batches, train_batches
 
 WEIGHTS = "model.safetensors"
+Curve = list[tuple[int, float, float]]  # epoch, loss, train accuracy in percent
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """One expert: network, given weights (None: it is trained), seed; where its checkpoint goes, and minutes between two."""
+
+    name: str
+    given: bytes | None
+    seed: int
+    checkpoint: str
+    checkpoint_minutes: float
 
 
 def pretrain(run: Run) -> None:
@@ -55,9 +70,19 @@ def _train_missing(run: Run, plans: Mapping[str, StagePlan], given: Mapping[str,
     c, todo = run.config, _missing(run, plans)  # another process may have made some meanwhile
     if not todo:
         return
-    items = {name: (name, given[name], c.seed) for name in todo}
+    items = {
+        name: ExpertTask(
+            name,
+            given[name],
+            c.seed,
+            f"{run.artifacts.partial(plans[name])}/{name}.checkpoint",
+            c.pretrain.checkpoint_minutes,
+        )
+        for name in todo
+    }
     holdout = split_for_workers(run.real.holdout, run.info)
     shared = (
+        run.store,
         split_for_workers(run.real.train, run.info),
         holdout,
         run.info,
@@ -76,10 +101,16 @@ def _train_missing(run: Run, plans: Mapping[str, StagePlan], given: Mapping[str,
     run.progress.start("pretrain", len(items), "experts")
 
     def on_report(name: str, report: dict) -> None:
-        shares[name], notes[name] = report["done"], report["note"]
-        run.progress.update(sum(shares.values()), "  ".join(notes.values()))
+        if "say" in report:
+            run.progress.say(report["say"])
+        shares[name], notes[name] = report.get("done", shares[name]), report.get("note", notes.get(name, ""))
+        run.progress.update(sum(shares.values()), "  ".join(filter(None, notes.values())))
 
-    for name, (weights, curve, holdout_accuracy, wall_s) in run.runtime.map(train_one, items, shared, on_report):
+    if c.pretrain.workers == 1:
+        made = run.runtime.map(train_one, items, shared, on_report)
+    else:
+        made = run.runtime.train(train_one, items, shared, c.pretrain.workers, on_report)
+    for name, (weights, curve, holdout_accuracy, wall_s) in made:
         files = {WEIGHTS: weights, "curve.json": json.dumps(curve).encode()}
         run.artifacts.commit(plans[name], files, wall_s=wall_s, facts={"holdout_accuracy": holdout_accuracy, **counted})
         notes.pop(name, None)
@@ -143,7 +174,7 @@ def expert_plans(run: Run, given: Mapping[str, bytes | None]) -> dict[str, Stage
             "expert": name,
             "committee.width": c.committee.width,
             "committee.weights": None if weights is None else "given",
-            "pretrain": None if weights is not None else c.pretrain.counted(),
+            "pretrain": None if weights is not None else c.pretrain.counted(exclude={"checkpoint_minutes"}),
             "data.flip": c.data.flip,
         }
         content = {} if weights is None else {"weights": sha256(weights)}
@@ -172,17 +203,21 @@ def pretrain_settings(c: PretrainConfig) -> PretrainSettings:
 
 
 def train_one(
-    item: tuple[str, bytes | None, int], train: Split, holdout: Split, info: DatasetInfo, c: PretrainConfig, width: float,
-    flip: bool, report: Callable[[dict], None],
-) -> tuple[bytes, list[tuple[int, float, float]], float, float]:  # fmt: skip
-    """Train or load one expert; return (safetensors, rows (epoch, loss, train accuracy), hold-out accuracy, seconds)."""
-    name, given, seed = item
-    started = time.monotonic()
-    device = work_device()
-    model = build_seeded(name, info.num_classes, info.image_size, width=width, seed=key(seed, "pretrain", name))
-    curve: list[tuple[int, float, float]] = []
-    if given is not None:
-        weights_from_bytes(model, given)
+    task: ExpertTask, store: Store, train: Split, holdout: Split, info: DatasetInfo, c: PretrainConfig, width: float,
+    flip: bool, report: Callable[[dict], None], workers: Workers = ALONE,
+) -> tuple[bytes, Curve, float, float]:  # fmt: skip
+    """Train one expert, from its checkpoint if there is one, or load it; return (safetensors, curve, hold-out accuracy, seconds).
+    Several workers train it together; the first one keeps the checkpoint."""
+    name, device, kept = (
+        task.name,
+        work_device(),
+        Kept(store, task.checkpoint, task.checkpoint_minutes, "network", report),
+    )
+    seed = key(task.seed, "pretrain", name)
+    model = build_seeded(name, info.num_classes, info.image_size, width=width, seed=seed)
+    state, curve = kept.start or (None, [])
+    if task.given is not None:
+        weights_from_bytes(model, task.given)
         model.eval().to(device)
     else:
         model.to(device)
@@ -190,14 +225,18 @@ def train_one(
         def epoch_batches(epoch: int):
             return train_batches(
                 train, info, batch_size=c.batch_size, crop=c.crop, pad=c.pad, flip=flip,
-                seed=key(seed, "pretrain-data", name), epoch=epoch, device=device,
+                seed=key(task.seed, "pretrain-data", name), epoch=epoch, device=device, workers=workers,
             )  # fmt: skip
 
-        def on_epoch(epoch: int, loss: float, train_accuracy: float) -> None:
-            curve.append((epoch, loss, train_accuracy))
-            note = f"{name} {epoch + 1}/{c.epochs} loss {loss:.2f} acc {train_accuracy:.0f}%"
-            report({"done": (epoch + 1) / c.epochs, "note": note})
+        def on_epoch(training: ExpertTraining, loss: float, train_accuracy: float) -> None:
+            done = training.next_epoch
+            curve.append((done - 1, loss, train_accuracy))
+            if workers.rank == 0 and done < c.epochs:
+                kept.save(training.state, curve)
+            report(
+                {"done": done / c.epochs, "note": f"{name} {done}/{c.epochs} loss {loss:.2f} acc {train_accuracy:.0f}%"}
+            )
 
-        pretrain_expert(model, epoch_batches, pretrain_settings(c), on_epoch)
-    holdout_accuracy = accuracy(model, test_batches(holdout, info, device))
-    return save_weights(model), curve, holdout_accuracy, time.monotonic() - started
+        pretrain_expert(model, epoch_batches, pretrain_settings(c), on_epoch, seed=seed, workers=workers, start=state)
+    holdout_accuracy = accuracy(model, test_batches(holdout, info, device, workers), workers)
+    return save_weights(model), curve, holdout_accuracy, kept.wall_s()

@@ -46,15 +46,16 @@ def test_batches(
 
 def train_batches(
     split: Split, info: DatasetInfo, *, batch_size: int, crop: str, pad: int, flip: bool, seed: int, epoch: int,
-    device: torch.device,
+    device: torch.device, workers: Workers = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Yield augmented (images_BCSS normalised, labels_B) of one epoch, a pure function of (seed, epoch).
+    """Yield augmented (images_BCSS normalised, labels_B) of one epoch, a pure function of (seed, epoch); of several workers
+    this one's part of every batch.
 
     Padded crops put zeros around the pixels, before normalisation. Images decoded on demand always take random resized
     crops of their own size.  Source: spec section 2.
     """
     images, labels_N = split
-    batches, draw = shuffled_batches(len(labels_N), batch_size, seed, epoch)
+    batches, draw = shuffled_batches(len(labels_N), batch_size, seed, epoch, workers)
     for index_B in batches:
         labels_B = torch.from_numpy(labels_N[index_B.numpy()]).to(device)
         if isinstance(images, np.ndarray):

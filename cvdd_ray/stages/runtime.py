@@ -72,8 +72,8 @@ class LocalRuntime:
 
     def train(self, function, items, shared, num_workers, on_report=lambda name, report: None):
         raise ConfigError(
-            f"{num_workers} workers for one student need Ray, this process is one; set runtime.engine=ray or "
-            f"evaluate.workers=1"
+            f"{num_workers} workers for one network need Ray, this process is one; set runtime.engine=ray, or workers of "
+            f"pretrain and evaluate to 1"
         )
 
     def stream(self, read, worker, items, shared=(), on_report=lambda name, report: None):

@@ -1,13 +1,15 @@
 """Squeeze against a naive loop (spec section 2)."""
 
+import copy
 import math
 
 import pytest
 import torch
-from helpers import normal, tiny_net, two_group_norm
+from helpers import Threads, normal, tiny_net, two_group_norm
 from torch.nn import functional as F
 
 from cvdd_ray.core.training import (
+    ExpertTraining,
     PretrainSettings,
     accuracy,
     padded_crops,
@@ -15,6 +17,7 @@ from cvdd_ray.core.training import (
     resized_crops,
     shuffled_batches,
 )
+from cvdd_ray.core.workers import Workers
 
 SIZE, CLASSES = 10, 4
 
@@ -28,7 +31,10 @@ def test_pretraining_is_the_naive_loop(optimizer_name):
     numbers = PretrainSettings(epochs=3, optimizer=optimizer_name, lr=0.01, weight_decay=0.1, cosine_epochs=2)
     ours, reports = tiny_net(1, norm=two_group_norm), []
     pretrain_expert(
-        ours, lambda epoch: [data[(i + epoch) % 3] for i in range(3)], numbers, lambda *row: reports.append(row)
+        ours,
+        lambda epoch: [data[(i + epoch) % 3] for i in range(3)],
+        numbers,
+        lambda training, *row: reports.append((training.next_epoch - 1, *row)),
     )
 
     net = tiny_net(1, norm=two_group_norm).train()
@@ -90,7 +96,7 @@ def test_bfloat16_pretraining_is_near_and_leaves_plain_float32_weights():
         net, losses = tiny_net(1), []
         numbers = PretrainSettings(3, optimizer="sgd", lr=0.01, weight_decay=0.0, cosine_epochs=9, precision=precision)
         pretrain_expert(
-            net, lambda epoch: [batch], numbers, lambda epoch, loss, accuracy, losses=losses: losses.append(loss)
+            net, lambda epoch: [batch], numbers, lambda training, loss, accuracy, losses=losses: losses.append(loss)
         )
         trained[precision] = net, losses
         assert {tensor.dtype for tensor in net.state_dict().values()} == {torch.float32, torch.int64}
@@ -171,3 +177,105 @@ def test_a_constant_rate_stays():
         pretrain_expert(net, lambda epoch: [batch], settings, note)
         moved[cosine_epochs] = seen[-1] - seen[-2]
     assert moved[None] > 4 * moved[20] > 0
+
+
+# --- an expert that goes on, and one that several workers train ------------------------------------------------------
+
+
+def batches_of(epoch, number=3):
+    return [(normal(10 * epoch + i, 8, 3, SIZE, SIZE), (torch.arange(8) + i) % CLASSES) for i in range(number)]
+
+
+def equal_states(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("warmup_epochs", [0, 2])
+def test_training_goes_on_from_any_epoch_to_the_same_bits(optimizer, warmup_epochs):
+    """With dropout, whose draws belong to the epoch."""
+    numbers = PretrainSettings(5, optimizer, 0.01, 0.1, cosine_epochs=5, warmup_epochs=warmup_epochs)
+    whole, states, rows = tiny_net(1, dropout=0.5), [], []
+
+    def keep(training, *row):
+        states.append(training.state())
+        rows.append(row)
+
+    pretrain_expert(whole, batches_of, numbers, keep, seed=3)
+    for state, after in zip(states[:-1], range(1, 5), strict=True):
+        torch.rand(after)  # whatever the process has drawn before
+        resumed, again = tiny_net(2, dropout=0.5), []
+        pretrain_expert(resumed, batches_of, numbers, lambda training, *row: again.append(row), seed=3, start=state)  # noqa: B023
+        assert equal_states(resumed, whole)
+        assert again == rows[after:]
+    other = tiny_net(1, dropout=0.5)
+    pretrain_expert(other, batches_of, numbers, seed=4)
+    assert not equal_states(other, whole)
+
+
+def test_two_workers_are_a_loop_with_their_batchnorm_apart():
+    """Each half of every batch is normalised by itself; gradients of the mean over all images, statistics averaged per epoch."""
+    numbers = PretrainSettings(2, "sgd", 0.05, 0.0, cosine_epochs=None)
+    sizes, start = (8, 8, 5), tiny_net(1)
+    data = [(normal(i, size, 3, SIZE, SIZE), torch.arange(size) % CLASSES) for i, size in enumerate(sizes)]
+
+    def work(workers):
+        net, own = copy.deepcopy(start), [(x[workers.rank :: 2], y[workers.rank :: 2]) for x, y in data]
+        rows = []
+        pretrain_expert(net, lambda epoch: own, numbers, lambda training, *row: rows.append(row), workers=workers)
+        return net, rows
+
+    (net, rows), (second, rows_too) = Threads(2).run(work)
+    assert equal_states(net, second)
+    assert rows == rows_too
+
+    halves, velocity = (
+        [copy.deepcopy(start).train() for _ in range(2)],
+        [torch.zeros_like(p) for p in start.parameters()],
+    )
+    for epoch in range(2):
+        loss_sum = 0.0
+        for x, y in data:
+            total = [torch.zeros_like(p) for p in start.parameters()]
+            for k, half in enumerate(halves):
+                loss = F.cross_entropy(half(x[k::2]), y[k::2], reduction="sum") / len(y)
+                for t, g in zip(total, torch.autograd.grad(loss, list(half.parameters())), strict=True):
+                    t += g
+                loss_sum += float(loss.detach()) * len(y)
+            velocity = [0.9 * v + g for v, g in zip(velocity, total, strict=True)]
+            with torch.no_grad():
+                for half in halves:
+                    for p, v in zip(half.parameters(), velocity, strict=True):
+                        p -= 0.05 * v
+        for one, two in zip(*(half.buffers() for half in halves), strict=True):
+            if one.is_floating_point():
+                mean = (one + two) / 2
+                one.copy_(mean)
+                two.copy_(mean)
+        assert rows[epoch][0] == pytest.approx(loss_sum / sum(sizes), rel=1e-5)
+    for (name, ours), theirs in zip(net.state_dict().items(), halves[0].state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("num_images", "sizes"), [(20, [8, 8, 4]), (19, [8, 8]), (16, [8, 8])])
+def test_workers_share_the_batches_of_one(num_images, sizes):
+    """No worker gets a lone image, each draws its own augmentation."""
+    whole, _ = shuffled_batches(num_images, 8, seed=0, epoch=0)
+    shares = [shuffled_batches(num_images, 8, 0, 0, Workers(rank, 2)) for rank in range(2)]
+    for k, size in enumerate(sizes):
+        parts = torch.cat([batches[k] for batches, _ in shares])
+        assert len(parts) == size
+        assert sorted(parts.tolist()) == sorted(whole[k].tolist())
+    assert len(shares[0][0]) == len(shares[1][0]) == len(sizes)
+    assert not torch.equal(*(torch.rand(4, generator=draw) for _, draw in shares))
+
+
+def test_the_state_is_all_that_an_epoch_depends_on():
+    numbers = PretrainSettings(2, "sgd", 0.05, 0.0, cosine_epochs=2)
+    training = ExpertTraining(tiny_net(1), numbers, seed=0)
+    training.run_epoch(batches_of(0))
+    state = training.state()
+    assert int(state["next_epoch"]) == 1
+    assert any(name.endswith("momentum_buffer") for name in state)
+    training.run_epoch(batches_of(1))
+    assert int(state["next_epoch"]) == 1  # a copy

@@ -226,7 +226,7 @@ class TestShares:
     def test_more_than_the_machine_has_is_refused_but_a_cluster_may_grow(self, monkeypatch, make_config):
         nodes = [{"CPU": 8.0, "GPU": 2.0}]
         with pytest.raises(
-            ConfigError, match=r"4 workers take one GPU each, this machine has 2; use at most 2"
+            ConfigError, match=r"4 take one GPU each, this machine has 2; use at most 2"
         ) as caught:
             self.share(monkeypatch, make_config, nodes, 4)
         assert "\n" not in str(caught.value)
@@ -272,7 +272,7 @@ def test_one_process_cannot_be_several_workers(make_config, labelled):
         config_of(make_config, workers=2).model_validate(
             {**config_of(make_config, workers=2).model_dump(), "runtime": {"engine": "local"}}
         )
-    with pytest.raises(ConfigError, match=r"2 workers for one student need Ray.*runtime\.engine=ray"):
+    with pytest.raises(ConfigError, match=r"2 workers for one network need Ray.*runtime\.engine=ray"):
         row_of(config_of(make_config, workers=2), labelled, LocalRuntime(1))
 
 
@@ -330,6 +330,6 @@ def test_checkpoints_come_by_the_clock_and_a_damaged_one_is_begun_again(make_con
     monkeypatch.setattr(progress, "say", (said := []).append)
     row = row_of(config_of(make_config, checkpoint_minutes=60), labelled, LocalRuntime(1), progress)
     (text,) = [text for text in said if "is damaged" in text]
-    assert "seed0.checkpoint, a student's checkpoint, is damaged (" in text
+    assert "seed0.checkpoint, the checkpoint of a student, is damaged (" in text
     assert text.endswith("the student begins again")
     assert row["curve"] == whole["curve"]
