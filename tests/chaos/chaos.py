@@ -232,6 +232,7 @@ def tiny_runs(folder: Path, args: argparse.Namespace, draw: random.Random) -> It
         draw.shuffle(kinds)
         while kinds and time.monotonic() - started < 60 * args.minutes:
             at, seed, placement = folder / f"run{number}", draw.randrange(2**31), draw.choice(["spread", "colocate"])
+            placement = "spread" if set(kinds) == {"expert"} else placement  # colocated workers have no other actors
             if where == "private":
                 outcome = disturbed(calm, at, kinds, seed, placement=placement)
             else:

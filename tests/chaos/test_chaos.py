@@ -14,6 +14,7 @@ def calm(tmp_path_factory):
     ("placement", "kinds"),
     [
         ("spread", ("disk_full", "expert", "device", "driver_interrupted")),
+        ("colocate", ("checkpoint", "worker", "mailbox", "task")),
     ],
 )
 def test_nothing_is_lost_and_nothing_changed(placement, kinds, calm, tmp_path):
