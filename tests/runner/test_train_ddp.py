@@ -225,9 +225,7 @@ class TestShares:
 
     def test_more_than_the_machine_has_is_refused_but_a_cluster_may_grow(self, monkeypatch, make_config):
         nodes = [{"CPU": 8.0, "GPU": 2.0}]
-        with pytest.raises(
-            ConfigError, match=r"4 take one GPU each, this machine has 2; use at most 2"
-        ) as caught:
+        with pytest.raises(ConfigError, match=r"4 take one GPU each, this machine has 2; use at most 2") as caught:
             self.share(monkeypatch, make_config, nodes, 4)
         assert "\n" not in str(caught.value)
         assert self.share(monkeypatch, make_config, nodes, 4, address="auto") == (Share(0.0, 1.0), 1)

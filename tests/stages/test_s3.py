@@ -139,6 +139,26 @@ def test_showing_and_sharing(s3, local_run, cvdd):
     assert "access is denied" in err
 
 
+def test_comparing_and_analyses(s3, local_run, cvdd):
+    """Of runs on the disk and in a bucket; what an analysis writes lies beside the run it is of."""
+    s3.upload(Path(local_run), "run")
+    out = s3.uri("run")
+    code, text, err = cvdd("compare", local_run, out, "--json")
+    assert code == 0, err
+    here, there = json.loads(text)["entries"]
+    assert {here["where"], there["where"]} == {local_run, Store(out).display("").rstrip("/")}
+    same = ("row", "image_bytes", "label_bytes", "made_flops", "protocol")
+    assert {name: here[name] for name in same} == {name: there[name] for name in same}
+    s3.fail("status", r"PUT /.*analysis/", times=2)
+    for what in ("images", "similarity", "efficiency"):
+        code, text, err = cvdd("analyze", out, "--what", what)
+        assert code == 0, err
+    written = {key.removeprefix("run/analysis/") for key in s3.object_keys() if "/analysis/" in key}
+    assert {"images.png", "similarity.png", "similarity.csv", "efficiency.md", "efficiency.csv"} <= written
+    store = Store(out)
+    assert store.read("analysis/images.png").startswith(b"\x89PNG")
+
+
 def test_sharing_says_what_cannot_be_shared(s3, local_run, cvdd):
     for words, message in (
         (("share", local_run), "is not in an S3 bucket"), (("share", s3.uri("none")), "has no distilled images"),
