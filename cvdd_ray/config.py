@@ -14,6 +14,7 @@ from cvdd_ray.fields import (
     Number,
     Positive,
     PositiveFloat,
+    PositiveOrAuto,
     Section,
     Whole,
     Width,
@@ -247,8 +248,9 @@ class SynthesizeConfig(Section):
     """Draw shifts from -roll..roll instead (SRe2L on Tiny-ImageNet)."""
     class_chunk: Positive | None = None
     """Classes optimised together, one image each; None: the dataset table's."""
-    jobs_per_group: Positive = 5
-    """Jobs (image index, class chunk) advanced together: jobs that share an expert are stacked in one call."""
+    jobs_per_group: PositiveOrAuto = 5
+    """Jobs (image index, class chunk) advanced together: jobs that share an expert are stacked in one call. `auto`: the
+    number that is fastest where synthesis begins, measured once per set of jobs and kept (stage `calibrate`)."""
     checkpoint_every: Positive = 500
     """Iterations between checkpoints of an unfinished group."""
     image_format: Literal["png", "jpeg75_trunc"] = "png"
@@ -270,6 +272,13 @@ class SynthesizeConfig(Section):
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Arithmetic of the experts' votes: full, TF32 (matrix products and convolutions of a GPU; refused on a CPU), or bfloat16
     autocast of the forward pass. Images, Adam, gradients, losses and matched statistics are float32 in all three."""
+
+    @property
+    def planned_jobs_per_group(self) -> int:
+        """Jobs per group, or the default where they are yet to be measured."""
+        return (
+            type(self).model_fields["jobs_per_group"].default if self.jobs_per_group == "auto" else self.jobs_per_group
+        )
 
     @model_validator(mode="after")
     def _check(self):

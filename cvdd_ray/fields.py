@@ -1,6 +1,6 @@
 """What the sections of a configuration are made of: numbers with bounds, lists of names, and the base of all sections."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -15,10 +15,18 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _positive_or_auto(value: Any) -> Any:
+    """Refuse what is neither, in words for both."""
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < LIMIT):
+        raise ValueError(f"got {repr(value)[:80]}; needs a whole number of at least 1, or auto")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_number), Field(lt=LIMIT)]
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Whole, Field(ge=1)]
 Count = Annotated[Whole, Field(ge=0)]
+PositiveOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_positive_or_auto)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[Number, Field(gt=0)]

@@ -27,13 +27,14 @@ from cvdd_ray.core.training import PretrainSettings, pretrain_expert
 from cvdd_ray.data.datasets import DatasetInfo, network_inputs
 from cvdd_ray.data.labels import SoftLabels, label_batch, write_label_file
 from cvdd_ray.errors import ConfigError, require_within
+from cvdd_ray.stages.calibrate import job_groups
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
 from cvdd_ray.stages.grouptask import VoterSettings
 from cvdd_ray.stages.planwork import expert, student
 from cvdd_ray.stages.real import train_batches
 from cvdd_ray.stages.relabel import Labeller, ViewSettings, teacher_names
-from cvdd_ray.stages.synthesize import image_jobs, job_groups, synthesis_settings
+from cvdd_ray.stages.synthesize import image_jobs, synthesis_settings
 from cvdd_ray.stages.votes import vote_of_image
 
 PRIOR = 50.0  # of every expert
@@ -116,7 +117,7 @@ def synthesis_work(run: Run, ipc: int, iterations: int) -> SynthesisWork:
     used = sorted({name for job in jobs for name in job.voters})
     return SynthesisWork(
         {name: expert(run, name) for name in used},
-        tuple(job_groups(jobs, c.synthesize.jobs_per_group)),
+        tuple(job_groups(jobs, c.synthesize.planned_jobs_per_group)),
         synthesis_settings(run, iterations),
         VoterSettings(c.synthesize.bn_weight, c.synthesize.first_bn_multiplier),
         run.info.image_size,

@@ -47,6 +47,7 @@ WORK = {
     "choose_of_classes": ("initialize", "pieces"),
     "cut_piece": ("initialize", "pieces"),
     "tile_shard": ("initialize", "image files"),
+    "measure_sizes": ("calibrate", "pieces"),
     "assemble_shard": ("synthesize", "image files"),
     "label_epochs": ("relabel", "label blocks"),
     "run_student": ("evaluate", "students"),

@@ -54,7 +54,7 @@ class _Sheet:
         count: Callable[[Manifest], int] | None = {
             "pretrain": self._pretrain, "prior": self._prior, "initialize": self._initialize,
             "statistics": self._statistics, "synthesize": self._synthesize, "relabel": self._relabel,
-            "evaluate": self._evaluate,
+            "evaluate": self._evaluate, "calibrate": lambda made: made.facts["flops"],
         }.get(stage.split("/")[0])  # fmt: skip
         if self._width is None or count is None:
             return None

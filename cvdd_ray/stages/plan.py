@@ -12,6 +12,7 @@ from cvdd_ray.core.models import require_batchnorm
 from cvdd_ray.data.outlines import outline
 from cvdd_ray.errors import ConfigError, require_within
 from cvdd_ray.recipes import with_settings
+from cvdd_ray.stages.calibrate import job_groups
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.groupwork import fits
 from cvdd_ray.stages.plancounts import count_stages, planned_jobs
@@ -29,12 +30,14 @@ from cvdd_ray.stages.simulation import (
     play_tasks,
 )
 from cvdd_ray.stages.speeds import UTILIZATION, Speed, assumed_speed, known_gpu, measured_speed
-from cvdd_ray.stages.synthesize import job_groups
 from cvdd_ray.stages.votes import needs_priors, picks_by_prior
 
 ONE_FLOP_PER_S = Speed(1.0, "")  # times in FLOPs, where no speed is known
 SIMULATED_GPUS = tuple(2**k for k in range(9))
 BUSY = 0.95  # what is busy enough
+MEASURED_LATER = (
+    "synthesize.jobs_per_group is auto, measured when synthesis begins: groups of {} jobs are counted instead"
+)
 MIN_CHUNK = 5  # classes that are optimised together at least, where smaller chunks are looked for
 
 
@@ -156,6 +159,8 @@ def plan(
     speed = _stated_speed(gpu, utilization, flops_per_s, calibrate)
     if calibrate and work_device().type == "cpu":  # cores stand in for GPUs, and no task takes a part of one
         config = with_settings(config, {"runtime.gpus_per_actor": 0})
+    is_measured_later, size = config.synthesize.jobs_per_group == "auto", config.synthesize.planned_jobs_per_group
+    config = with_settings(config, {"synthesize.jobs_per_group": size})
     real = outline(config.data, num_classes=num_classes, train_images=train_images, test_images=test_images)
     run = Run(config, "planned", real=real)
     matching = config.synthesize.matching.convolutions
@@ -189,7 +194,8 @@ def plan(
         dataset=run.info.name, num_classes=run.info.num_classes, image_size=run.info.image_size,
         train_images=len(real.train), holdout_images=len(real.holdout), test_images=len(real.test),
         placement=runtime.placement, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, speed=speed,
-        stages=stages, notes=tuple(_notes(run, counted, stages, machines, gpu)),
+        stages=stages,
+        notes=(*([MEASURED_LATER.format(size)] if is_measured_later else []), *_notes(run, counted, stages, machines, gpu)),
         simulated=tuple(_simulated(counted, machines, timed)) if simulate else (),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from cvdd_ray.core.costs import Network, forward_cost, num_statistics, training_
 from cvdd_ray.core.softlabels import batch_starts
 from cvdd_ray.core.synthesis import Job, is_traced
 from cvdd_ray.data.shards import shard_tasks
+from cvdd_ray.stages.calibrate import job_groups
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import student_settings
 from cvdd_ray.stages.groupwork import (
@@ -23,7 +24,6 @@ from cvdd_ray.stages.groupwork import (
 )
 from cvdd_ray.stages.real import SMALL, TEST_BATCH
 from cvdd_ray.stages.simulation import Group
-from cvdd_ray.stages.synthesize import job_groups
 
 PNG_OF_REAL, PNG_OF_DISTILLED = 0.75, 1.0  # PNG bytes per pixel byte: CIFAR-10 and digits runs had .67-.79 and .93-1.07
 ROW_BYTES = 250  # of an image in Arrow besides its pixels: PNG's own, path, label, voters, losses

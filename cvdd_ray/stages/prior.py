@@ -11,6 +11,7 @@ from cvdd_ray.data.imagesets import read_image_set
 from cvdd_ray.data.shards import joined
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
+from cvdd_ray.stages.calibrate import group_size
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.evaluate import fit_student, student_settings
 from cvdd_ray.stages.initialize import initialize
@@ -18,7 +19,7 @@ from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.real import Split, split_for_workers
 from cvdd_ray.stages.relabel import ViewSettings, labelled_epochs
 from cvdd_ray.stages.statistics import with_statistics
-from cvdd_ray.stages.synthesize import distill, image_jobs, resolved_synthesis
+from cvdd_ray.stages.synthesize import distill, image_jobs, resolved_synthesis, voter_settings
 from cvdd_ray.stages.votes import PRIORS, needs_priors
 
 STUDENT = {
@@ -50,6 +51,8 @@ def measure_priors(run: Run) -> None:
     initialized = initialize(run, c.prior.ipc)
     specs, hashes = load_experts(run)
     guides, matched = with_statistics(run, specs, hashes)
+    sets = {name: image_jobs(run, c.prior.ipc, lambda i, name=name: ((name,), (1.0,))) for name in specs}
+    size = group_size(run, "prior", list(sets.values()), guides, lambda: voter_settings(run))
     iterations = c.prior.iterations or c.synthesize.iterations
     epochs = c.prior.epochs or c.student_epochs
     views = ViewSettings(c.seed, c.data.flip, run.info.image_size, c.relabel)
@@ -57,7 +60,7 @@ def measure_priors(run: Run) -> None:
     student = replace(student_settings(run, epochs, c.prior.ipc * len(run.classes)), **given)
     settings = {
         "prior": {**c.prior.counted(exclude={"lr", "eta"}), "iterations": iterations, "epochs": epochs},
-        "synthesize": {**resolved_synthesis(run), "iterations": iterations},
+        "synthesize": {**resolved_synthesis(run, size), "iterations": iterations},
         "relabel": c.relabel.model_dump(
             include={"batchnorm", "scope", "batch_size", "bn_group", "cutmix", "crop_scale"}
         ),
@@ -70,8 +73,7 @@ def measure_priors(run: Run) -> None:
     with run.stage(plan, "prior") as work:
         if work is None:
             return
-        sets = {name: image_jobs(run, c.prior.ipc, lambda i, name=name: ((name,), (1.0,))) for name in specs}
-        distilled = distill(run, work, sets, c.prior.ipc, iterations, guides, doing="distil each expert alone")
+        distilled = distill(run, work, sets, c.prior.ipc, iterations, guides, size, doing="distil each expert alone")
         items = {
             f"{name}-seed{seed}": (name, [file.name for file in distilled[name][0].values()], seed)
             for name in specs

@@ -23,7 +23,7 @@ from cvdd_ray.stages.relabel import LABELS, full_bytes, label_encoding
 from cvdd_ray.stages.synthesize import DISTILLED
 from cvdd_ray.stages.votes import PRIORS, needs_priors, priors_hash
 
-FOLDERS = ("pretrain", "prior", "initialize", "statistics", "synthesize", "relabel", "evaluate")
+FOLDERS = ("pretrain", "prior", "initialize", "statistics", "calibrate", "synthesize", "relabel", "evaluate")
 MAX_VOTES = 10  # image indices listed per IPC
 
 
@@ -198,7 +198,9 @@ class RunReader:
         expected += ["prior"] if c is None or needs_priors(c) else []
         expected += ["statistics"] if c and c.synthesize.matching.convolutions else []
         for n in self.ipcs():
-            expected += [f"initialize/ipc{n}", f"synthesize/ipc{n}"]
+            expected += [f"initialize/ipc{n}"]
+            expected += [f"calibrate/ipc{n}"] if c and c.synthesize.jobs_per_group == "auto" else []
+            expected += [f"synthesize/ipc{n}"]
             expected += [f"relabel/ipc{n}/{label_set}" for label_set in soft]
             expected += [f"evaluate/ipc{n}"]
         expected += [CEILING_STAGE] if c and CEILING in c.evaluate.baselines else []

@@ -10,6 +10,7 @@ from cvdd_ray.data.artifacts import Written
 from cvdd_ray.data.datasets import pixel_bounds
 from cvdd_ray.data.shards import assemble_shard, per_shard, shard_files
 from cvdd_ray.fields import Section
+from cvdd_ray.stages.calibrate import group_size, job_groups
 from cvdd_ray.stages.context import Run, StageWork
 from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts, StoredStarts, VoterSettings
 from cvdd_ray.stages.initialize import START
@@ -31,9 +32,11 @@ def synthesize(run: Run, ipc: int) -> None:
     priors, prior_hash = load_priors(run)
     initialized = run.require(f"initialize/ipc{ipc}", "initialize")
     specs, statistics = with_statistics(run, specs, hashes)
+    jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
+    size = group_size(run, f"ipc{ipc}", [jobs], specs, lambda: voter_settings(run))
     settings = {
         "ipc": ipc,
-        "synthesize": resolved_synthesis(run),
+        "synthesize": resolved_synthesis(run, size),
         "voting": c.voting.counted(),
         "data.flip": c.data.flip,
         "initialize.method": c.initialize.method,
@@ -43,8 +46,8 @@ def synthesize(run: Run, ipc: int) -> None:
     with run.stage(plan, f"synthesize ipc {ipc}") as work:
         if work is None:
             return
-        jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
-        files, content, trace = distill(run, work, {DISTILLED: jobs}, ipc, c.synthesize.iterations, specs)[DISTILLED]
+        made = distill(run, work, {DISTILLED: jobs}, ipc, c.synthesize.iterations, specs, size)
+        files, content, trace = made[DISTILLED]
         work.commit(
             {**files, TRACE: json.dumps(trace).encode()},
             images=ipc * len(run.classes),
@@ -53,12 +56,13 @@ def synthesize(run: Run, ipc: int) -> None:
         )
 
 
-def resolved_synthesis(run: Run) -> dict:
+def resolved_synthesis(run: Run, jobs_per_group: int) -> dict:
     """Return the synthesis settings that decide the result, with the dataset's values where none are given."""
     s = run.config.synthesize
     resolved = {
         "roll": run.info.roll if s.roll is None else s.roll,
         "class_chunk": s.class_chunk or run.info.class_chunk,
+        "jobs_per_group": jobs_per_group,
     }
     return {**s.counted(exclude={"checkpoint_every"}), **resolved}
 
@@ -75,15 +79,6 @@ def image_jobs(run: Run, ipc: int, vote: Callable[[int], tuple[Sequence[str], Se
         for chunk, labels in enumerate(chunks)
         for i, (voters, weights) in votes.items()
     ]
-
-
-def job_groups(jobs: Sequence[Job], jobs_per_group: int) -> list[tuple[Job, ...]]:
-    """Cut jobs into groups of one chunk each; the cut depends on config and job ids alone, never on timing."""
-    groups = []
-    for chunk in sorted({job.chunk for job in jobs}):
-        members = [job for job in jobs if job.chunk == chunk]
-        groups += [tuple(members[k : k + jobs_per_group]) for k in range(0, len(members), jobs_per_group)]
-    return groups
 
 
 def synthesis_settings(run: Run, iterations: int) -> SynthesisSettings:
@@ -110,16 +105,17 @@ def voter_settings(run: Run) -> VoterSettings:
 
 
 def distill(
-    run: Run, work: StageWork, sets: Mapping[str, Sequence[Job]], ipc: int, iterations: int, specs, *, doing: str = ""
-) -> dict[str, tuple[dict[str, Written], str, list]]:
-    """Distil several sets of jobs at once (one for synthesize, one per expert for prior); return for each the files to
+    run: Run, work: StageWork, sets: Mapping[str, Sequence[Job]], ipc: int, iterations: int, specs, jobs_per_group: int, *,
+    doing: str = "",
+) -> dict[str, tuple[dict[str, Written], str, list]]:  # fmt: skip
+    """Distil several sets of jobs at once (one for synthesize, one per expert for prior) in groups; return for each the files to
     commit, the content hash of the images and the trace: rows (iteration, image index, chunk, expert, cross-entropy, BN
     term)."""
     settings, starts = synthesis_settings(run, iterations), starting_images(run, ipc)
     groups = {
         f"{base}-group{g:05d}": (base, group)
         for base, jobs in sets.items()
-        for g, group in enumerate(job_groups(jobs, run.config.synthesize.jobs_per_group))
+        for g, group in enumerate(job_groups(jobs, jobs_per_group))
     }
     tasks = {
         title: GroupTask(
@@ -134,7 +130,7 @@ def distill(
         for title, (_, group) in groups.items()
     }
     receipts = work.distill(tasks, specs, voter_settings(run), doing=doing)
-    about = {"kind": "distilled", "config": recorded_config(run.config)}
+    about = {"kind": "distilled", "config": recorded_config(run.config, jobs_per_group)}
     result = {}
     for base in sets:
         own = {title: group for title, (owner, group) in groups.items() if owner == base}
@@ -149,14 +145,16 @@ def distill(
     return result
 
 
-def recorded_config(c: RunConfig) -> dict:
-    """Return the configuration as files of images record it: without where it ran and where things lie, so that they have
-    equal bytes everywhere, and without settings that came later and are not used."""
+def recorded_config(c: RunConfig, jobs_per_group: int) -> dict:
+    """Return the configuration as files of images record it: with the size of groups that were made, without where it ran and
+    where things lie, so that they have equal bytes everywhere, and without settings that came later and are not used."""
     exclude: dict = {name: section.unused() for name, section in c if isinstance(section, Section)}
     exclude["relabel"] -= set(c.relabel.STORAGE)  # these were always recorded
     exclude["data"] |= {"path"}
     exclude["committee"] |= {"weights"}
-    return c.model_dump(mode="json", exclude={**exclude, "runtime": True, "storage": True})
+    recorded = c.model_dump(mode="json", exclude={**exclude, "runtime": True, "storage": True})
+    recorded["synthesize"]["jobs_per_group"] = jobs_per_group
+    return recorded
 
 
 def starting_images(run: Run, ipc: int) -> StoredStarts | NoiseStarts:

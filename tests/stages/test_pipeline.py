@@ -14,9 +14,9 @@ from cvdd_ray.data.imagesets import read_image_set
 from cvdd_ray.errors import ArtifactError, ConfigError
 from cvdd_ray.stages import grouptask
 from cvdd_ray.stages.arms import label_sets
+from cvdd_ray.stages.calibrate import job_groups
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.pipeline import STAGES, check, run_all
-from cvdd_ray.stages.synthesize import job_groups
 
 
 @pytest.fixture(scope="module")
