@@ -221,6 +221,7 @@ class SynthesizeConfig(Section):
     LATER: ClassVar[tuple[str, ...]] = (
         "crop_schedule", "crop_milestone", "roll_both_ways", "crop", "pad", "class_together", "densification",
         "densification_temperature", "matching", "precision",
+        "compile",
     )  # fmt: skip
 
     iterations: Count = 4000
@@ -272,6 +273,9 @@ class SynthesizeConfig(Section):
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Arithmetic of the experts' votes: full, TF32 (matrix products and convolutions of a GPU; refused on a CPU), or bfloat16
     autocast of the forward pass. Images, Adam, gradients, losses and matched statistics are float32 in all three."""
+    compile: bool = False
+    """Compile every expert's vote with torch's inductor, once per process and number of jobs in a call, which takes minutes
+    and a C++ compiler (on GPUs Triton). Last bits are then the compiler's, too."""
 
     @property
     def planned_jobs_per_group(self) -> int:
@@ -291,6 +295,10 @@ class SynthesizeConfig(Section):
             )
         if not shifts and self.pad != type(self).model_fields["pad"].default:
             raise ValueError(f"pad {self.pad} has no effect with crop {self.crop!r}; set crop=pad or leave it out")
+        if self.compile and self.matching.convolutions:
+            raise ValueError(
+                "compile knows votes that match BatchNorm alone, not matching.convolutions; drop one of the two"
+            )
         if self.densification and not self.class_together:
             raise ValueError(
                 "densification has no effect without class_together, which puts images of a class together"

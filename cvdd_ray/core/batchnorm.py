@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cvdd_ray.core.compiling import is_traced
 from cvdd_ray.core.precision import widened
 
 
@@ -21,8 +22,13 @@ def group_moments(x_NCHW: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     Elsewhere moments of single images, which lie together in memory, are joined to those of groups (the variance of a group
     is the mean of its images' variances plus the variance of their means): a handful of kernels for any number of groups.
     torch.var_mean over (0, 2, 3) is several times slower than either. Of bfloat16 maps the sums are float32.
+    In a graph to be compiled they are said as they are, since a compiler fuses them with their neighbours.
     """
     x_NCHW = widened(x_NCHW)
+    if is_traced():
+        x_GBCHW = x_NCHW.unflatten(0, (num_groups, -1))
+        mean_GC = x_GBCHW.mean((1, 3, 4))
+        return mean_GC, (x_GBCHW - mean_GC[:, None, :, None, None]).square().mean((1, 3, 4))
     if x_NCHW.device.type == "cpu" and x_NCHW.is_contiguous(memory_format=torch.channels_last):
         groups = x_NCHW.split(len(x_NCHW) // num_groups)
         mean_GC, var_GC = zip(*(torch.batch_norm_update_stats(group, None, None, 0.0) for group in groups), strict=True)

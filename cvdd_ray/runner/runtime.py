@@ -200,7 +200,7 @@ class RayRuntime:
                     crew.workers.ask("keep")
                     self._on_event("nodes_leaving", {"what": ", ".join(nodes), "stage": work.stage})
                 for name, worker in running.values():
-                    if watch.silent_s(name) > self._c.hung_s:
+                    if watch.silent_s(name) > voter.patience_s(self._c.hung_s):
                         watch.begin(name)
                         self._failed("worker_hung", worker)
                         ray.kill(crew.workers.actors[worker], no_restart=False)

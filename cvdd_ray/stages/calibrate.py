@@ -157,11 +157,12 @@ def measure_sizes(
     sets: Sets, specs: Mapping[str, ExpertSpec], voter: VoterSettings, gpus_per_actor: float | None,
     report: Callable[[dict], None],
 ) -> bytes:  # fmt: skip
-    """Return as JSON the `jobs_per_group` that is best here, `images_per_s` by size, and the `flops` it took to find out."""
+    """Return as JSON the `jobs_per_group` that is best here, `images_per_s` by size, and the `flops` it took to find out.
+    Votes are measured as they are without `compile`."""
     tile = voter.matching and voter.matching.patch_size
     networks = {n: Network(s.name, s.num_classes, s.image_size, s.width, tile) for n, s in specs.items()}
     workers, memory = workers_per_gpu(gpus_per_actor), device_memory()
-    timer = VoteTimer(specs, networks, voter)
+    timer = VoteTimer(specs, networks, replace(voter, compile=False))
     rates = measured_rates(
         sets, timer, lambda groups: fits(workers * committee_bytes(groups, networks), memory), report=report
     )

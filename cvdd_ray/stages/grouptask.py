@@ -27,18 +27,24 @@ from cvdd_ray.errors import ArtifactError
 
 PARITY_JPEG = "jpeg75_trunc"
 REPORT_S = 30.0  # a group says that it is alive at least as often as an iteration or this allows
+COMPILE_S = 3600.0  # allowed for compiling an iteration's votes
 MEMORY = "memory/"  # of an expert's statistics, in a checkpoint
 
 
 @dataclass(frozen=True)
 class VoterSettings:
     """What a voter needs besides its weights: r_bn, the multiplier of the first layer's term, how more statistics than
-    BatchNorm's are matched, if they are, and in which arithmetic it votes."""
+    BatchNorm's are matched, if they are, in which arithmetic it votes, and whether votes are compiled."""
 
     bn_weight: float
     first_bn_multiplier: float
     matching: Matching | None = None
     precision: Precision = "float32"
+    compile: bool = False
+
+    def patience_s(self, hung_s: float) -> float:
+        """Return how long an answer may take before its worker is taken to hang: longer where it may have to be compiled."""
+        return hung_s + COMPILE_S if self.compile else hung_s
 
 
 def in_order(images_SLCHW: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -341,6 +341,8 @@ def _coarse(run: Run, stage: StageCount, machines: _Machines) -> str | None:
 def _notes(run: Run, counted: Sequence[StageCount], stages: Sequence[StagePlan], machines: _Machines, gpu: str | None):
     """Yield what a reader should know before trusting or changing the numbers."""
     config, gpus, precision = run.config, machines.gpus, run.config.synthesize.precision
+    if config.synthesize.compile:
+        yield "votes are counted and timed as they are without synthesize.compile"
     if precision != "float32" and machines.speed.source.startswith("ASSUMED"):
         yield (
             f"the assumed speed is of float32, synthesize.precision is {precision}: votes are faster than that by what only "

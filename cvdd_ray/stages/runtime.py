@@ -141,5 +141,5 @@ def local_voter(spec: ExpertSpec, voter: VoterSettings, device) -> Voter | Match
         )  # fmt: skip
     return Voter(
         spec.build(device), bn_weight=voter.bn_weight, first_bn_multiplier=voter.first_bn_multiplier,
-        precision=voter.precision,
+        precision=voter.precision, compile=voter.compile,
     )  # fmt: skip

@@ -101,7 +101,7 @@ def voter_settings(run: Run) -> VoterSettings:
     m = s.matching
     tile = m.tile(run.info.image_size)
     matching = Matching(tile, m.momentum, m.drop_rate, m.class_share) if m.convolutions else None
-    return VoterSettings(s.bn_weight, s.first_bn_multiplier, matching, s.precision)
+    return VoterSettings(s.bn_weight, s.first_bn_multiplier, matching, s.precision, s.compile)
 
 
 def distill(

@@ -109,7 +109,7 @@ def real_spec(name="resnet18"):
 
 def test_real_votes_are_timed_within_real_memory(monkeypatch):
     jobs = (tuple(jobs_of(2, voters=[("resnet18",)])),)
-    args = jobs, {"resnet18": real_spec()}, VoterSettings(0.01, 10.0), None, lambda report: None
+    args = jobs, {"resnet18": real_spec()}, VoterSettings(0.01, 10.0, compile=True), None, lambda report: None
     about = json.loads(measure_sizes(*args))
     assert about["jobs_per_group"] in (1, 2)
     assert list(about["images_per_s"]) == ["1", "2"]
