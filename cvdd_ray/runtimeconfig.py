@@ -30,6 +30,9 @@ class RuntimeConfig(Section):
     """Torch threads of every actor and task."""
     groups_in_flight: Positive = 2
     """Job groups that a coordinator drives at once; there are as many coordinators as keep the experts busy."""
+    wire: Literal["ray", "torch"] = "ray"
+    """How coordinators ask experts that are actors (`spread`): `ray`: calls; `torch`: connections of torch.distributed (gloo)
+    that stay open, over ports of the system's choice."""
     hung_s: PositiveFloat = 600.0
     """Seconds after which an expert that has not answered, or a worker whose group has reported nothing, is taken to hang
     and is started again."""
@@ -43,6 +46,11 @@ class RuntimeConfig(Section):
             raise ValueError("address has no effect with engine 'local'; drop one of the two")
         if self.address is None and (self.wait_for_nodes or self.wait_for_gpus):
             raise ValueError("wait_for_nodes and wait_for_gpus have no effect without an address (e.g. auto)")
+        if self.wire != "ray" and (self.engine == "local" or self.placement == "colocate"):
+            where = "engine 'local'" if self.engine == "local" else "placement 'colocate'"
+            raise ValueError(
+                f"wire {self.wire!r} has no effect with {where}, where nobody is asked over a wire; leave it out"
+            )
         return self
 
     @property

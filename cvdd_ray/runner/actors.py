@@ -1,22 +1,25 @@
 """The actors, as plain classes; they are made remote where they are created.
 
-numpy travels, never torch tensors: a torch tensor in a call is pickled and copied, an array is not.
+In calls numpy travels, never torch tensors: a torch tensor in a call is pickled and copied, an array is not.
 """
 
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from torch import Tensor
 
 from cvdd_ray.core.committee import Ballot, Committee, LocalCommittee, parts
 from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.committee import RayCommittee
+from cvdd_ray.runner.connection import Meeting, answer_all
 from cvdd_ray.runner.measured import CheckpointStore, CountedCommittee, IdleShare, MeasuredVoter, Spent
 from cvdd_ray.runner.recovery import is_device_error
 from cvdd_ray.stages.grouptask import GroupTask, Notice, VoterSettings, run_group
@@ -29,7 +32,7 @@ class ExpertActor:
     def __init__(self, spec: ExpertSpec, voter: VoterSettings, threads: int, mailbox: Any = None):
         self._spec, self._settings, self._threads = spec, voter, threads
         self._voter: MeasuredVoter | None = None
-        self._health = Health()
+        self._health, self._voting = Health(), Lock()
         if mailbox is not None:
             tell(mailbox, "actor_started", f"expert {spec.name}", ray.get_runtime_context().get_actor_id())
 
@@ -38,13 +41,21 @@ class ExpertActor:
 
     def vote(self, *question: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return the arrays of a Vote on those of a Ballot, in order, as far as there are any."""
-        with self._health.watched():
+        return tuple(part.numpy() for part in self._answer(*(torch.from_numpy(np.array(part)) for part in question)))
+
+    def serve(self, meeting: Meeting) -> None:
+        """Answer as `vote` does what one who asks sends over torch.distributed, in a thread of its own, until it is gone."""
+        here = ray.util.get_node_ip_address()
+        Thread(target=answer_all, args=(meeting, here, self._answer), daemon=True).start()
+
+    def _answer(self, *question: Tensor) -> list[Tensor]:
+        """Return the tensors of a vote on those of a ballot, on the CPU; one vote at a time."""
+        with self._voting, self._health.watched():
             device = prepare_torch(self._threads)
             if self._voter is None:  # built here and not in __init__, so that its errors reach the caller as themselves
                 voter = local_voter(self._spec, self._settings, device)
                 self._voter = MeasuredVoter(self._spec.name, voter, IdleShare(self._spec.name))
-            vote = self._voter.vote(Ballot(*(torch.from_numpy(np.array(part)).to(device) for part in question)))
-            return tuple(part.cpu().numpy() for part in parts(vote))
+            return [part.cpu() for part in parts(self._voter.vote(Ballot(*(part.to(device) for part in question))))]
 
     def spent(self) -> tuple[int, float, float]:
         """Return how many votes there were so far (on a CPU), their seconds of CPU, and of the clock."""
@@ -53,12 +64,15 @@ class ExpertActor:
 
 class Coordinator:
     """Drives groups of jobs: draws views, asks the expert actors, adds up their gradients, steps, checkpoints. `number`
-    tells coordinators apart."""
+    tells coordinators apart, `wire` says how experts are asked."""
 
-    def __init__(self, number: int, store: Store, mailbox: Any, threads: int, hung_s: float):
+    def __init__(self, number: int, store: Store, mailbox: Any, threads: int, hung_s: float, wire: str = "ray"):
         me = ray.get_runtime_context().get_actor_id()
         self._committee = RayCommittee(
-            first=number, hung_s=hung_s, on_hung=lambda name: tell(mailbox, "expert_hung", f"expert {name}", me)
+            first=number,
+            hung_s=hung_s,
+            wire=wire,
+            on_failure=lambda kind, name: tell(mailbox, kind, f"expert {name}", me),
         )
         self._store, self._mailbox = store, mailbox
         self._threads, self._notice, self._stepping = threads, Notice(), Spent()

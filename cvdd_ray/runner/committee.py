@@ -4,25 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
-import numpy as np
-import ray
-import torch
-
-from cvdd_ray.core.committee import Ballot, Vote, parts
-from cvdd_ray.runner.metrics import record
+from cvdd_ray.core.committee import Ballot, Vote
+from cvdd_ray.runner.wires import WIRES
 from cvdd_ray.stages.scheduling import LeastBusy
 
 
 class RayCommittee:
     """Asks an actor of every expert of a ballot at once, the one with the fewest open questions, and waits for all answers.
     Experts are stateless, so which actor answers leaves no trace in the vote. Several threads may ask at once. An actor that
-    has not answered after `hung_s` seconds is ended; Ray starts it again and asks it the same."""
+    has not answered after `hung_s` seconds is ended; Ray starts it again and it is asked the same. `wire` is a name in
+    wires.WIRES, which tell `on_failure` what kind of failure there was with which expert."""
 
     def __init__(
         self, experts: Mapping[str, Sequence[Any]] | None = None, *, first: int = 0, hung_s: float | None = None,
-        on_hung: Callable[[str], None] = lambda name: None,
+        on_failure: Callable[[str, str], None] = lambda kind, name: None, wire: str = "ray",
     ):  # fmt: skip
-        self._experts, self._hung_s, self._on_hung = experts or {}, hung_s, on_hung
+        self._experts, self._wire = experts or {}, WIRES[wire](hung_s, on_failure)
         self._least_busy, self._lock = LeastBusy(first), Lock()
 
     def meet(self, experts: Mapping[str, Sequence[Any]]) -> None:
@@ -31,36 +28,15 @@ class RayCommittee:
             self._experts = experts
 
     def vote(self, ballots: Mapping[str, Ballot]) -> dict[str, Vote]:
-        votes_ref, asked, picked = {}, {}, []
+        asked, picked = {}, []
         try:
-            for name, ballot in ballots.items():
-                question = [part.cpu().numpy() for part in parts(ballot)]
+            for name in ballots:
                 with self._lock:
                     actors = self._experts[name]
                     picked.append((name, self._least_busy.pick(name, len(actors))))
                 asked[name] = actors[picked[-1][1]]
-                votes_ref[name] = asked[name].vote.remote(*question)
-                record("cvdd_wire_bytes", sum(part.nbytes for part in question), direction="views", expert=name)
-            self._wait(votes_ref, asked)
-            answers = dict(zip(votes_ref, ray.get(list(votes_ref.values())), strict=True))
+            return self._wire.ask(asked, ballots)
         finally:
             with self._lock:
                 for name, actor in picked:
                     self._least_busy.answered(name, actor)
-        for name, answer in answers.items():
-            record("cvdd_wire_bytes", sum(part.nbytes for part in answer), direction="gradients", expert=name)
-        return {
-            name: Vote(*(torch.from_numpy(np.array(part)).to(ballots[name].views_GBCHW.device) for part in answer))
-            for name, answer in answers.items()
-        }
-
-    def _wait(self, votes_ref: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-        """Return when all votes are there or have failed."""
-        refs = list(votes_ref.values())
-        while True:
-            _, missing = ray.wait(refs, num_returns=len(refs), timeout=self._hung_s, fetch_local=False)
-            if not missing:
-                return
-            for name in (name for name, ref in votes_ref.items() if ref in missing):
-                self._on_hung(name)
-                ray.kill(asked[name], no_restart=False)

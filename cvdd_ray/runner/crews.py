@@ -162,7 +162,7 @@ class Spread:
         self._there = {name: list(experts.actors[name]) for name in specs}  # calls wait until they are
         self.slots = min(c.groups_in_flight, len(groups))
         self._remote = remote_class(Coordinator, Share(0.0, 0.0), max_concurrency=self.slots + 1)
-        self._arguments = store, mailbox, c.threads_per_actor, voter.patience_s(c.hung_s)
+        self._arguments = store, mailbox, c.threads_per_actor, voter.patience_s(c.hung_s), c.wire
         self._looked = time.monotonic()
 
     def start(self) -> dict[Any, str]:

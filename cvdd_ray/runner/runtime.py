@@ -340,7 +340,7 @@ class RayRuntime:
         for event in events:
             kind = event.pop("event")
             self._on_event(kind, event)
-            if kind == "expert_hung":
+            if kind in ("expert_hung", "connection_lost"):
                 self._failed(kind, event["what"], host=event["host"])
             again = kind in AGAIN and event["work"] in self._started
             self._started.add(event["work"])

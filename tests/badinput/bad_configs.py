@@ -167,6 +167,8 @@ CASES = [
     _set("a phase that changes nothing", "evaluate.phases=[{from_epoch: 3}]", "phase"),
     _set("several workers in one process", "evaluate.workers=2", "evaluate.workers"),
     _set("an address without Ray", "runtime.address=auto", "address has no effect"),
+    _set("a wire without Ray", "runtime.wire=torch", "wire 'torch' has no effect"),
+    _set("an unknown wire", "runtime.wire=nccl", "runtime.wire"),
     _set("waiting without an address", "runtime.wait_for_gpus=2", "no effect"),
     # --set itself
     _set("no value", "synthesize.iterations", "give section.key=value"),

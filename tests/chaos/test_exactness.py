@@ -1,5 +1,5 @@
-"""The same seed gives the same bytes: in process and on Ray, one or several actors of an expert, spread and colocated, on one
-node and on three, left alone and disturbed. The sha256 of the files of images and labels are compared."""
+"""The same seed gives the same bytes: in process and on Ray, one or several actors of an expert, spread over either wire and
+colocated, on one node and on three, left alone and disturbed. The sha256 of the files of images and labels are compared."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 
 import distilling
 import pytest
+import ray
 from clusters import RayCluster
 
 from cvdd_ray.runner import crews
@@ -63,21 +64,39 @@ def test_an_interruption_in_process(local, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("placement", "places", "disturbed"),
-    [("spread", 2, False), ("spread", 4, True), ("colocate", 2, True)],
+    ("placement", "places", "disturbed", "wire"),
+    [
+        ("spread", 2, False, "ray"),
+        ("spread", 4, True, "ray"),
+        ("colocate", 2, True, "ray"),
+        ("spread", 2, False, "torch"),
+        ("spread", 4, True, "torch"),
+    ],
 )
-def test_one_node(placement, places, disturbed, local, tmp_path, ray_runtime, monkeypatch):
+def test_one_node(placement, places, disturbed, wire, local, tmp_path, ray_runtime, monkeypatch):
     """`places` for actors of experts: two make one of each, four make three of the dearer one."""
     monkeypatch.setattr(crews, "worker_places", lambda c: places)
-    settings = distilling.config(placement=placement)
+    settings = distilling.config(placement=placement, wire=wire)
     monkeypatch.setattr(ray_runtime, "_c", settings.runtime)
     monkeypatch.setattr(ray_runtime, "_muster", ray_runtime._muster)  # a killer's is taken away again
     ray_runtime.release()
-    killer = distilling.Killer(ray_runtime, seed=places)
-    monkeypatch.setattr(ray_runtime, "_on_event", killer if disturbed else lambda event, facts: None)
+    killer, failures = distilling.Killer(ray_runtime, seed=places), []
+
+    def calm(event, facts):
+        failures.extend([facts] if event == "failure" else [])
+
+    monkeypatch.setattr(ray_runtime, "_on_event", killer if disturbed else calm)
     assert distilling.distil(distilling.beside(local[0], tmp_path, settings, ray_runtime)) == local[1]
     assert len(killer.killed) == (distilling.KILLS if disturbed else 0)
-    assert sum(map(len, ray_runtime._experts.actors.values())) == (places if placement == "spread" else 0)
+    experts = [actor for actors in ray_runtime._experts.actors.values() for actor in actors]
+    assert len(experts) == (places if placement == "spread" else 0)
+    assert failures == []
+    if not disturbed:  # a new life may have begun when there was nothing more to ask
+        met = [
+            e.__ray_call__.remote(lambda self: bool(sys.modules["cvdd_ray.runner.connection"]._devices))
+            for e in experts
+        ]
+        assert ray.get(met) == [wire == "torch"] * places
     ray_runtime.release()
 
 

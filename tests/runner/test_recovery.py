@@ -124,12 +124,12 @@ def test_an_expert_that_hangs_is_started_again(ray_runtime, tmp_path):
 
     actor = ray.remote(num_cpus=0, max_restarts=20, max_task_retries=-1)(Slow).remote(str(tmp_path / "lived"))
     hung = []
-    committee = RayCommittee({"a": [actor]}, hung_s=4.0, on_hung=hung.append)
+    committee = RayCommittee({"a": [actor]}, hung_s=4.0, on_failure=lambda kind, name: hung.append((kind, name)))
     ballot = Ballot(torch.rand(1, 2, 3, 4, 4), torch.tensor([[3, 1]]))
     vote = committee.vote({"a": ballot})["a"]
     assert torch.equal(vote.gradient_GBCHW, ballot.views_GBCHW)
     assert vote.cross_entropy_G.tolist() == [3.0]
-    assert set(hung) == {"a"}
+    assert set(hung) == {("expert_hung", "a")}
     ray.kill(actor)
 
 
