@@ -15,22 +15,27 @@ from statistics import median
 
 import psutil
 import ray
+import torch
 
 from cvdd_ray.bench.unreal import random_expert, unreal_run
 from cvdd_ray.bench.works import SynthesisWork, synthesis_work
 from cvdd_ray.config import RunConfig
+from cvdd_ray.core.committee import Ballot
 from cvdd_ray.core.synthesis import Job
 from cvdd_ray.data.datasets import DatasetInfo
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.runner.actors import Coordinator, ExpertActor, Mailbox
 from cvdd_ray.runner.cluster import Share, places_with
+from cvdd_ray.runner.committee import RayCommittee
 from cvdd_ray.runner.crews import remote_class
 from cvdd_ray.runner.runtime import RayRuntime
+from cvdd_ray.runner.wires import WIRES
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts
 
 ITERATIONS = 40  # of a round
+MESSAGES = 20  # of a round, timed one by one
 NOWHERE = Share(0.0, 0.0)  # actors of a private Ray ask for no cores: they share what there is
 Spread = tuple[float, float, float]  # median, least and most of the rounds
 
@@ -38,13 +43,14 @@ Spread = tuple[float, float, float]  # median, least and most of the rounds
 @dataclass(frozen=True)
 class Wire:
     """A round of two expert actors and a coordinator: seconds of the clock; of CPU in votes by expert, in steps, and in all
-    processes; of the clock in votes by expert."""
+    processes; of the clock in votes by expert; images times iterations."""
 
     wall_s: float
     vote_cpu_s: Mapping[str, float]
     step_cpu_s: float
     total_cpu_s: float
     vote_wall_s: Mapping[str, float]
+    units: int
 
     def shares(self, cores: int) -> dict[str, float]:
         """Return the shares of the time of so many cores, which add up to 1: votes, steps, Ray, idle."""
@@ -77,22 +83,33 @@ class Placed:
 
 @dataclass(frozen=True)
 class RayCosts:
-    """What was measured on so many cores: rounds of the wire, and of whole syntheses by placement; empty where not asked
-    for. `in_flight` groups of up to `group_images` images were under way at once over a coordinator."""
+    """What was measured on so many cores: rounds by wire, and of whole syntheses by placement; empty where not asked for.
+    `in_flight` groups of up to `group_images` images were under way at once over a coordinator. A message is a question of
+    `message_bytes` and an answer of as many, its seconds those of one alone, without the vote."""
 
     cores: int
     in_flight: int
     group_images: int
-    wire: tuple[Wire, ...] = ()
+    wires: Mapping[str, tuple[Wire, ...]] = field(default_factory=dict)
+    message_bytes: int = 0
+    messages_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     placements: Mapping[str, tuple[Placed, ...]] = field(default_factory=dict)
 
-    def shares(self) -> dict[str, Spread]:
-        """Return the shares of the cores' time of the wire."""
-        return spreads([one.shares(self.cores) for one in self.wire])
+    def shares(self) -> dict[str, dict[str, Spread]]:
+        """Return the shares of the cores' time, by wire."""
+        return {wire: spreads([one.shares(self.cores) for one in rounds]) for wire, rounds in self.wires.items()}
 
-    def waiting(self) -> dict[str, Spread]:
-        """Return the shares of the time in which the wire's experts waited."""
-        return spreads([one.waiting() for one in self.wire])
+    def waiting(self) -> dict[str, dict[str, Spread]]:
+        """Return the shares of the time in which the experts waited, by wire."""
+        return {wire: spreads([one.waiting() for one in rounds]) for wire, rounds in self.wires.items()}
+
+    def ms(self) -> dict[str, dict[str, Spread]]:
+        """Return milliseconds of the clock, of a message, and of a round per image and iteration, by wire."""
+        return {
+            wire: spreads([{"message": 1000 * s} for s in self.messages_s[wire]])
+            | spreads([{"image and iteration": 1000 * one.wall_s / one.units} for one in rounds])
+            for wire, rounds in self.wires.items()
+        }
 
     def placed(self) -> dict[str, dict[str, Spread]]:
         """Return milliseconds per image and iteration, and the idle share of the cores, by placement."""
@@ -115,7 +132,8 @@ def measure_ray(
     """Measure synthesis of one class chunk at `ipc` in a private Ray on this machine's cores.
 
     `wire`: the two voters of the first image vote on all of them, an actor for each, one coordinator with
-    `runtime.groups_in_flight` groups at once. `scheduler`: everything as a run does it, once per placement.
+    `runtime.groups_in_flight` groups at once, over all wires in turn; and messages without votes. `scheduler`: everything as
+    a run does it, once per placement.
     Raises ConfigError where a Ray is joined, there are GPUs, or an image of the wire has not two voters, and as `bench`.
     """
     if config.runtime.address is not None:
@@ -129,9 +147,19 @@ def measure_ray(
     if "wire" in what:
         two = with_two_voters(work)
         with private_ray(run, "spread") as (runtime, store):
-            crew = Crew(two, run, store)
-            crew.round(-1)  # networks are built, and the allocator warm
-            costs = replace(costs, wire=tuple(crew.round(number) for number in range(rounds)))
+            crew, echo = Crew(two, run, store), Echoes(two, run)
+            made = {wire: [] for wire in WIRES}
+            taken = {wire: [] for wire in WIRES}
+            for number in range(-1, rounds):
+                for wire in WIRES:
+                    one, seconds = crew.round(number, wire), echo.round(wire)
+                    if number >= 0:  # before, networks are built, connections made, and the allocator warm
+                        made[wire].append(one)
+                        taken[wire] += seconds
+        costs = replace(
+            costs, wires={wire: tuple(those) for wire, those in made.items()}, message_bytes=echo.message_bytes,
+            messages_s={wire: tuple(those) for wire, those in taken.items()},
+        )  # fmt: skip
     if "scheduler" in what:
         placed = {}
         for placement in ("colocate", "spread"):
@@ -190,7 +218,7 @@ def with_two_voters(work: SynthesisWork) -> SynthesisWork:
 
 
 class Crew:
-    """A coordinator and an actor per expert."""
+    """An actor per expert, and a coordinator per wire, of which one works at a time."""
 
     def __init__(self, work: SynthesisWork, run: Run, store: Store):
         c = run.config.runtime
@@ -202,34 +230,67 @@ class Crew:
             for name, network in work.experts.items()
         }
         coordinator = remote_class(Coordinator, NOWHERE, max_concurrency=self._in_flight + 1)
-        self._coordinator = coordinator.remote(0, store, mailbox, c.threads_per_actor, c.hung_s)
+        self._coordinators = {
+            wire: coordinator.remote(0, store, mailbox, c.threads_per_actor, c.hung_s, wire) for wire in WIRES
+        }
 
-    def round(self, number: int) -> Wire:
+    def round(self, number: int, wire: str) -> Wire:
         """Run all groups once and return what it took."""
         before, began = self._spent(), time.perf_counter()
         waiting, running = list(enumerate(self._work.groups)), []
         while waiting or running:
             while waiting and len(running) < self._in_flight:
                 g, group = waiting.pop(0)
-                title = f"round{number}-group{g}"
+                title = f"{wire}-round{number}-group{g}"
                 task = group_task(self._work, self._info, title, group)
-                running.append(self._coordinator.run_group.remote(title, task, self._experts))
+                running.append(self._coordinators[wire].run_group.remote(title, task, self._experts))
             done, running = ray.wait(running)
             ray.get(done)
         wall_s, after = time.perf_counter() - began, self._spent()
         cpu, wall = (
             {name: late[name] - early[name] for name in late} for early, late in zip(before, after, strict=True)
         )
-        votes = {name: cpu[name] for name in self._experts}
-        return Wire(wall_s, votes, cpu["steps"], cpu["all"], {name: wall[name] for name in self._experts})
+        votes, votes_wall = ({name: spent[name] for name in self._experts} for spent in (cpu, wall))
+        steps = sum(cpu[name] for name in self._coordinators)
+        return Wire(wall_s, votes, steps, cpu["all"], votes_wall, self._work.units())
 
     def _spent(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the seconds of CPU and of the clock so far, by expert, of steps, and (CPU) of all processes."""
+        """Return the seconds of CPU and of the clock so far, by expert, of steps by wire, and (CPU) of all processes."""
         refs = {name: actors[0].spent.remote() for name, actors in self._experts.items()}
-        refs["steps"] = self._coordinator.spent.remote()
+        refs |= {wire: coordinator.spent.remote() for wire, coordinator in self._coordinators.items()}
         sums = dict(zip(refs, ray.get(list(refs.values())), strict=True))
         cpu = {name: cpu_s for name, (_, cpu_s, _) in sums.items()}
         return {**cpu, "all": tree_cpu_s()}, {name: wall_s for name, (_, _, wall_s) in sums.items()}
+
+
+class Echo(ExpertActor):
+    """An expert actor that votes at once, with the views for a gradient."""
+
+    def _answer(self, views_GBCHW, labels_GB, *more):
+        return [views_GBCHW, *torch.zeros(2, len(views_GBCHW)), *more[:1]]
+
+
+class Echoes:
+    """Messages of the work's largest group to an actor that does not compute."""
+
+    def __init__(self, work: SynthesisWork, run: Run):
+        c = run.config.runtime
+        (name, network), *_ = work.experts.items()
+        actor = remote_class(Echo, NOWHERE).remote(random_expert(network), work.voter, c.threads_per_actor)
+        self._committees = {wire: RayCommittee({name: [actor]}, wire=wire) for wire in WIRES}
+        group = max(work.groups, key=lambda group: sum(len(job.labels) for job in group))
+        labels_GB = torch.tensor([job.labels for job in group])
+        views_GBCHW = torch.rand(*labels_GB.shape, 3, work.size, work.size)
+        self._ballots, self.message_bytes = {name: Ballot(views_GBCHW, labels_GB)}, views_GBCHW.nbytes
+
+    def round(self, wire: str) -> list[float]:
+        """Return seconds of the clock of every message."""
+        taken = []
+        for _ in range(MESSAGES):
+            began = time.perf_counter()
+            self._committees[wire].vote(self._ballots)
+            taken.append(time.perf_counter() - began)
+        return taken
 
 
 def group_task(work: SynthesisWork, info: DatasetInfo, title: str, group: Sequence[Job]) -> GroupTask:
