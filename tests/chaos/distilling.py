@@ -1,6 +1,6 @@
 """A tiny run from its starting images to its soft labels, disturbed or not, for tests that compare bytes.
 
-As a program it is a driver of its own: ADDRESS PLACEMENT SEED THERE OUT, where SEED "" leaves the run alone.
+As a program it is a driver of its own: ADDRESS PLACEMENT WIRE SEED THERE OUT, where SEED "" leaves the run alone.
 """
 
 import hashlib
@@ -78,12 +78,12 @@ class Killer:
         self.killed.append(name)
 
 
-def main(address: str, placement: str, seed: str, there: str, out: str) -> None:
+def main(address: str, placement: str, wire: str, seed: str, there: str, out: str) -> None:
     os.environ["RAY_AUTH_TOKEN"] = os.environ["CLUSTER_TOKEN"]  # that of tests was set with their imports
 
     from cvdd_ray.runner.runtime import RayRuntime
 
-    settings = config(num_cpus=None, address=address, placement=placement)
+    settings = config(num_cpus=None, address=address, placement=placement, wire=wire)
     runtime = RayRuntime(settings.runtime)
     killer = Killer(runtime, int(seed)) if seed else None
 

@@ -100,10 +100,12 @@ def test_one_node(placement, places, disturbed, wire, local, tmp_path, ray_runti
     ray_runtime.release()
 
 
-@pytest.mark.parametrize(("placement", "disturbed"), [("spread", False), ("colocate", True)])
-def test_three_nodes(placement, disturbed, local, tmp_path, three_nodes):
+@pytest.mark.parametrize(
+    ("placement", "disturbed", "wire"), [("spread", False, "ray"), ("colocate", True, "ray"), ("spread", True, "torch")]
+)
+def test_three_nodes(placement, disturbed, wire, local, tmp_path, three_nodes):
     """Disturbed: actors are killed; one node is told that it will be taken away, is taken away, and another one joins."""
-    words = [three_nodes.address, placement, "3" if disturbed else "", local[0].store.root, str(tmp_path)]
+    words = [three_nodes.address, placement, wire, "3" if disturbed else "", local[0].store.root, str(tmp_path)]
     env = {
         **three_nodes.env,
         "PYTHONPATH": three_nodes.env["PYTHONPATH"] + os.pathsep + os.path.dirname(__file__),
