@@ -172,7 +172,9 @@ def test_an_expert_that_blows_up_is_named(make_config, tmp_path, ray_runtime):
     jobs = module.image_jobs(run, 2, lambda i: (("resnet18", "shufflenet_v2"), (0.5, 0.5)))
     plan = run.plan("broken", {}, {})
     with run.stage(plan, "broken") as work, pytest.raises(NumericsError, match=r"iteration 0: expert shufflenet_v2"):
-        module.distill(run, work, {"": jobs}, 2, 3, {**specs, "shufflenet_v2": broken})
+        module.distill(
+            run, work, {"": jobs}, 2, 3, {**specs, "shufflenet_v2": broken}, run.config.synthesize.jobs_per_group
+        )
 
 
 class TestShares:

@@ -104,7 +104,7 @@ def test_a_group_whose_numbers_blow_up_lets_the_others_finish(engine, started, r
         run.stage(run.plan("poisoned", {}, {}), "poisoned") as work,
         pytest.raises(NumericsError, match=r"^image index 0, class chunk 0, iteration 0: every vote is finite"),
     ):
-        distill(run, work, {"p": jobs}, 2, 20, specs)
+        distill(run, work, {"p": jobs}, 2, 20, specs, run.config.synthesize.jobs_per_group)
     assert [name.rsplit("/", 1)[1] for name in run.store.names("poisoned")] == ["p-group00001", "p-group00001.arrow"]
 
 

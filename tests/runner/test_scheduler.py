@@ -33,7 +33,7 @@ def distil(run: Run) -> str:
     specs, _ = load_experts(run)
     jobs = module.image_jobs(run, 5, lambda i: VOTES[i])
     with run.stage(run.plan("unequal", {}, {}), "unequal") as work:
-        _, content, _ = module.distill(run, work, {"u": jobs}, 5, run.config.synthesize.iterations, specs)["u"]
+        _, content, _ = module.distill(run, work, {"u": jobs}, 5, run.config.synthesize.iterations, specs, 1)["u"]
     return content
 
 
