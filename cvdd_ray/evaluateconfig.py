@@ -43,7 +43,7 @@ Baseline = Literal[
 
 
 class EvaluateConfig(Section):
-    LATER: ClassVar[tuple[str, ...]] = ("loss", "label_weight", "ema", "optimizer", "precision")
+    LATER: ClassVar[tuple[str, ...]] = ("loss", "label_weight", "ema", "optimizer", "precision", "labels", "learned_lr")
 
     students: Names = ("resnet18",)
     """Networks trained from scratch on the distilled set."""
@@ -55,13 +55,16 @@ class EvaluateConfig(Section):
     """AdamW, or SGD with momentum .9."""
     lr: PositiveFloat = 1e-3
     """Learning rate."""
+    learned_lr: bool = False
+    """Take the learning rate that was learned with the images (synthesize.method `trajectories`) instead of `lr`."""
     weight_decay: NonNegative = 0.01
     """Weight decay: AdamW's on weights with more than one dimension and 0 elsewhere, SGD's on all parameters."""
     eta: PositiveFloat = 1.0
     """Stretch of the schedule, stepped per epoch; cosine: lr(e) = lr/2 (1 + cos(pi e / (E eta)))."""
-    schedule: Literal["cosine", "cosine_linear", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "cosine_linear", "linear", "constant", "step"] = "cosine"
     """Course of the learning rate; `cosine_linear`: the cosine for 5/6 of the epochs, then a line to 0; `linear`: lr(e) =
-    lr (1 - e / (E eta)); `constant` knows no eta, steps are `phases`."""
+    lr (1 - e / (E eta)); `constant` knows no eta, steps are `phases`; `step`, which knows none either, goes down to a tenth
+    after the middle, from epoch E // 2 + 2 on (MTT)."""
     warmup_epochs: Count = 0
     """Epochs of linear climb before the schedule, which then has the rest of the epochs."""
     phases: tuple[Phase, ...] = ()
@@ -79,6 +82,9 @@ class EvaluateConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of a student's forward pass in training: full, or bfloat16 autocast with float32 weights, for GPUs; losses
     and tests are float32."""
+    labels: Literal["soft", "hard"] = "soft"
+    """Labels of our row: soft ones of the stage `relabel`, or the images' classes (MTT), the row `distilled_hard`; then nothing
+    is relabelled, and no row has soft labels."""
     seeds: Positive = 3
     """Students per row of the table; mean and standard deviation are over them."""
     first_seed: Count = 0
@@ -103,8 +109,12 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.schedule == "constant" and self.eta != 1:
-            raise ValueError(f"eta {self.eta:g} has no effect with schedule 'constant'; leave it at 1")
+        if self.schedule in ("constant", "step") and self.eta != 1:
+            raise ValueError(f"eta {self.eta:g} has no effect with schedule {self.schedule!r}; leave it at 1")
+        if self.learned_lr and self.lr != type(self).model_fields["lr"].default:
+            raise ValueError(f"lr {self.lr:g} has no effect with learned_lr; leave one of the two out")
+        if self.labels == "hard":
+            self._check_hard_labels()
         lowest = min([self.eta, *(phase.eta for phase in self.phases if phase.eta is not None)])
         if self.schedule == "linear" and lowest < 1:
             raise ValueError(f"eta {lowest:g} would take schedule 'linear' below 0; use at least 1")
@@ -119,3 +129,13 @@ class EvaluateConfig(Section):
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must begin at rising epochs, got {starts}")
         return self
+
+    def _check_hard_labels(self) -> None:
+        allowed = ("random_hard", "real_hard")
+        if other := [name for name in self.baselines if name not in allowed]:
+            raise ValueError(
+                f"baselines has {other[0]}, but with labels 'hard' there are no soft labels, and our own row is distilled_hard; "
+                f"use some of {', '.join(allowed)}"
+            )
+        if self.loss != "kl":
+            raise ValueError(f"loss {self.loss!r} has no effect with labels 'hard'; leave it out")

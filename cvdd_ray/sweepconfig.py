@@ -179,6 +179,11 @@ class SweepConfig(RunConfig):
             if len(many) != 1:
                 raise ConfigError(f"{name}: a trial measures one, got {list(many)}; set {name}=[{many[0]}]")
         require_one_worker(config)
+        if not config.labels_are_soft or config.evaluate.learned_lr:
+            name, value = ("learned_lr", "true") if config.labels_are_soft else ("labels", "hard")
+            raise ConfigError(
+                f"evaluate.{name}: got {value}; a trial's students learn from soft labels at a learning rate that is given"
+            )
         return config
 
     def num_trials(self) -> int:

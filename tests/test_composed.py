@@ -116,7 +116,7 @@ def test_a_new_method_is_one_mapping(monkeypatch):
 @pytest.mark.parametrize("ipc", [1, 10])
 def test_on_cpus_all_methods_have_one_protocol(ipc):
     """Students, views and experts' training are the same; what a method is stays."""
-    words = ["", "sre2l++", "sre2l", "cda", "rded", "gvbsm", "edc", "random", "kcenter", "herding"]
+    words = ["", "sre2l++", "sre2l", "cda", "rded", "gvbsm", "edc", "mtt", "random", "kcenter", "herding"]
     assert set(words) == {"", *part("methods")}
     c = {word: load_config("-".join(filter(None, (f"cifar10-ipc{ipc}-r18", word, "cpu")))) for word in words}
     for other in c.values():
@@ -298,6 +298,37 @@ def test_students_of_other_methods(name, optimizer, batch, epochs, label_weight,
     assert (c.evaluate.loss, c.evaluate.label_weight, c.relabel.batchnorm) == ("mse_gt", label_weight, "eval")
     assert (len(c.committee.experts), c.voting.size, c.voting.turns) == (experts, experts, True)
     assert not needs_priors(c)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "steps", "target_epochs", "max_start", "lr_start", "lr_of_lr", "step_images"),
+    [
+        ("cifar10-ipc1-convnet3-mtt", 100, 50, 2, 2, 0.01, 1e-7, None),
+        ("cifar10-ipc10-convnet3-mtt", 100, 30, 2, 20, 0.001, 1e-5, None),
+        ("cifar100-ipc1-convnet3-mtt", 1000, 20, 3, 20, 0.01, 1e-5, None),
+        ("cifar100-ipc50-convnet3-mtt", 1000, 80, 2, 40, 0.01, 1e-5, 125),
+        ("tinyimagenet-ipc10-convnet4-mtt", 10000, 20, 2, 40, 0.01, 1e-4, 200),
+    ],
+)
+def test_mtt_has_its_published_numbers(name, lr, steps, target_epochs, max_start, lr_start, lr_of_lr, step_images):
+    c = load_config(name)
+    t, e = c.synthesize.trajectories, c.evaluate
+    assert (c.synthesize.lr, c.synthesize.iterations, c.initialize.method) == (lr, 5000, "real")
+    assert (t.steps, t.target_epochs, t.max_start, t.step_images) == (steps, target_epochs, max_start, step_images)
+    assert (t.lr_start, t.lr_of_lr, t.momentum) == (lr_start, lr_of_lr, 0.5)
+    assert (t.network, t.experts, t.epochs, t.batch_size, t.expert_lr) == (
+        "convnet4" if "tiny" in name else "convnet3", 100, 50, 256, 0.01,
+    )  # fmt: skip
+    assert (e.labels, e.optimizer, e.learned_lr, e.schedule, e.weight_decay) == ("hard", "sgd", True, "step", 5e-4)
+    assert (c.student_epochs, c.relabel.batch_size, c.relabel.cutmix, c.needs_experts) == (1001, 256, False, False)
+
+
+def test_what_a_method_is_not_for_is_no_name():
+    with pytest.raises(ConfigError, match=r"method or variant 'mtt' is not one of sre2l\+\+"):
+        load_config("imagenet1k-ipc1-r18-mtt")
+    with pytest.raises(ConfigError, match=r"student 'convnet3' is not one of r18, r50, r101;"):
+        load_config("imagenette-ipc1-convnet3")
+    assert load_config("cifar100-ipc10-convnet3").evaluate.students == ("convnet3",)
 
 
 def test_how_gvbsm_and_edc_synthesize():

@@ -14,6 +14,8 @@ LAYERS = {
     "runtimeconfig": 0,
     "evaluateconfig": 0,
     "matchingconfig": 0,
+    "synthesizeconfig": 0,
+    "trajectoryconfig": 0,
     "space": 0,
     "sweepconfig": 0,
     "yamltext": 0,

@@ -50,13 +50,13 @@ def require_known(c: RunConfig, work: str) -> None:
         "relabel": {"relabel.rescale": c.relabel.rescale},
         "evaluate": {
             "evaluate.loss": c.evaluate.loss != "kl", "evaluate.ema": c.evaluate.ema > 0,
-            "evaluate.optimizer": c.evaluate.optimizer != "adamw",
+            "evaluate.optimizer": c.evaluate.optimizer != "adamw", "evaluate.labels": c.evaluate.labels != "soft",
             "evaluate.precision": c.evaluate.precision != "float32",
         },
     }  # fmt: skip
     synthesis = {
-        "synthesize.matching": s.matching.convolutions, "synthesize.class_together": s.class_together,
-        "synthesize.crop": s.crop == "pad", "voting.turns": c.voting.turns,
+        "synthesize.method": s.method != "committee", "synthesize.matching": s.matching.convolutions,
+        "synthesize.class_together": s.class_together, "synthesize.crop": s.crop == "pad", "voting.turns": c.voting.turns,
         "synthesize.precision": s.precision != "float32", "synthesize.compile": s.compile,
     }  # fmt: skip
     unknown = [name for name, used in other.get(work, synthesis).items() if used]

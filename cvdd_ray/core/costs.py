@@ -22,6 +22,7 @@ from cvdd_ray.core.batchnorm import MatchingBatchNorm, with_batchnorm_replaced
 from cvdd_ray.core.committee import Ballot, Voter
 from cvdd_ray.core.models import build_model
 from cvdd_ray.core.statistics import Matching, MatchingVoter, Recorder, Targets
+from cvdd_ray.core.trajectories import FlatNetwork, Step, matching_gradients
 
 META = torch.device("meta")
 
@@ -159,6 +160,29 @@ def training_cost(network: Network, num_images: int) -> Cost:
     def step() -> None:
         targets_B = torch.zeros(num_images, dtype=torch.long, device=META)
         F.cross_entropy(model(network.images(num_images)), targets_B).backward()
+
+    return measured(step)
+
+
+@lru_cache(maxsize=256)
+def matching_cost(network: Network, num_images: int) -> Cost:
+    """Return the cost of one unrolled step of trajectory matching on `num_images` images, there and back; the views are not
+    counted."""
+    flat = FlatNetwork(network.build().train(), network.name)
+
+    def step() -> None:
+        labels_N, theta_P = torch.zeros(num_images, dtype=torch.long, device=META), flat.theta()
+        all_N = Step(torch.arange(num_images, device=META), ("", (0.0, 0.0, 0.0)))
+        matching_gradients(
+            flat.loss,
+            network.images(num_images),
+            labels_N,
+            1.0,
+            theta_P,
+            theta_P,
+            [all_N],
+            lambda images, drawn: images.clone(),  # the counter takes no leaves for inputs of modules
+        )
 
     return measured(step)
 

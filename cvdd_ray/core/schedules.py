@@ -44,11 +44,17 @@ def constant_lr(lr: float, epoch: float, epochs: float, eta: float) -> float:
     return lr
 
 
+def step_lr(lr: float, epoch: float, epochs: float, eta: float) -> float:
+    """Return `lr` up to epoch `epochs // 2 + 1`, a tenth of it afterwards (MTT, spec 9.6: after epoch 501 of 1001)."""
+    return lr if epoch <= epochs // 2 + 1 else 0.1 * lr
+
+
 STUDENT_SCHEDULES: dict[str, Callable[[float, float, float, float], float]] = {
     "cosine": smoothed_cosine_lr,
     "cosine_linear": cosine_linear_lr,
     "linear": linear_lr,
     "constant": constant_lr,
+    "step": step_lr,
 }
 
 

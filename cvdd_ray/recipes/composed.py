@@ -52,9 +52,20 @@ def part(name: str) -> Any:
 def all_names() -> Iterator[RecipeName]:
     """Yield every name that composes a recipe."""
     common = part("common")
-    for dataset, ipc, student in product(DATASETS, common["ipc"], common["students"]):
-        for method in (CVDD, *part("methods")):
+    for dataset, ipc in product(DATASETS, common["ipc"]):
+        for student, method in product(students_of(dataset), methods_of(dataset)):
             yield from (RecipeName(dataset, ipc, student, method, v) for v in variants_of(dataset, method))
+
+
+def students_of(dataset: str) -> list[str]:
+    """Return the words of the students that there are for a dataset's images."""
+    common = part("common")
+    return [word for word in common["students"] if dataset in common["students_of"].get(word, DATASETS)]
+
+
+def methods_of(dataset: str) -> list[str]:
+    """Return the methods that there are for a dataset's images, CV-DD first."""
+    return [CVDD, *(name for name, about in part("methods").items() if dataset in about.get("datasets", DATASETS))]
 
 
 def variants_of(dataset: str, method: str) -> list[str]:
@@ -71,14 +82,15 @@ def is_composed(name: str) -> bool:
 def parse_name(name: str) -> RecipeName:
     """Return the parts of a name.  Raises ConfigError that says which part is wrong and what it can be."""
     dataset, ipc, student, *rest = [*name.split("-", 3), "", ""][:4]
-    common, methods = part("common"), part("methods")
+    common = part("common")
     if dataset not in DATASETS:
         raise _wrong(name, f"dataset {dataset!r}", DATASETS)
     allowed = [f"ipc{number}" for number in common["ipc"]]
     if ipc not in allowed:
         raise _wrong(name, f"images per class {ipc!r}", allowed, "; others with --set 'ipc=[N]'")
-    if student not in common["students"]:
-        raise _wrong(name, f"student {student!r}", common["students"], "; others with --set 'evaluate.students=[NAME]'")
+    students, methods = students_of(dataset), methods_of(dataset)[1:]
+    if student not in students:
+        raise _wrong(name, f"student {student!r}", students, "; others with --set 'evaluate.students=[NAME]'")
     words = rest[0].split("-") if rest and rest[0] else []
     method = words.pop(0) if words and words[0] in methods else CVDD
     variants = [variant for variant in variants_of(dataset, method) if variant]

@@ -203,6 +203,8 @@ def efficiency(runs: Sequence[OneRun], expert: str | None) -> Analysis:
         steps = len(votes) * c["iterations"]
         if not steps:
             raise ConfigError(f"--what efficiency: {run.name} has no iterations of synthesis")
+        if run.reader.config.synthesize.method != "committee":
+            raise ConfigError(f"--what efficiency: {run.name} has no votes on its images; leave it out")
         width, num_classes = run.reader.config.committee.width, len(made.identity["classes"])
         calls = sum(
             asked * image_flops(Network(name, num_classes, info["image_size"], width)).vote

@@ -11,7 +11,7 @@ from cvdd_ray.config import RunConfig
 from cvdd_ray.stages.initialize import RANDOM, START
 from cvdd_ray.stages.synthesize import DISTILLED
 
-OURS, CEILING = "distilled", "real_hard"
+OURS, OURS_HARD, CEILING = "distilled", "distilled_hard", "real_hard"
 Source = tuple[str, str, str]  # stage (with {ipc}), image set, verb that makes it
 
 DISTILLED_IMAGES: Source = ("synthesize/ipc{ipc}", DISTILLED, "synthesize")
@@ -70,7 +70,7 @@ TRAINING_SETS = {
     "random_soft": _soft("random real, soft labels", "random"),
     "distilled_plain": _soft("distilled, soft, no augmentation", "distilled-plain"),
     "random_plain": _soft("random real, soft, no augment.", "random-plain"),
-    "distilled_hard": TrainingSet("distilled, hard labels", DISTILLED_IMAGES),
+    OURS_HARD: TrainingSet("distilled, hard labels", DISTILLED_IMAGES),
     "random_hard": TrainingSet("random real, hard labels", RANDOM_IMAGES),
     CEILING: TrainingSet("all real images, hard labels", None),
 }
@@ -78,7 +78,8 @@ TRAINING_SETS = {
 
 def sized_rows(c: RunConfig) -> list[str]:
     """Return the rows of a run that have `ipc` images per class, ours first."""
-    return [OURS, *(name for name in c.evaluate.baselines if name != CEILING)]
+    ours = OURS if c.labels_are_soft else OURS_HARD
+    return [ours, *(name for name in c.evaluate.baselines if name != CEILING)]
 
 
 def label_sets(c: RunConfig) -> list[str]:

@@ -9,6 +9,7 @@ import yaml
 
 from cvdd_ray.data.layouts import Shards
 from cvdd_ray.labelconfig import RelabelConfig
+from cvdd_ray.stages.matching import RATE
 from cvdd_ray.stages.publishable import DistilledSet, Publishable
 from cvdd_ray.stages.relabel import label_encoding
 from cvdd_ray.stages.report import RULE, markdown_table, pipes
@@ -152,9 +153,8 @@ def _card(source: Publishable, license_id: str, about: Mapping[str, Any], sectio
     }
     head = (
         f"{num_images} synthetic images of {source.info['image_size']} x {source.info['image_size']} pixels in "
-        f"{len(source.classes)} classes stand for the training set of {_name(source)}. Committees of pretrained "
-        f"experts voted on every image: Dataset Distillation via Committee Voting "
-        f"([CV-DD](https://arxiv.org/abs/2501.07575)), made with `cvdd_ray`, an independent implementation on Ray."
+        f"{len(source.classes)} classes stand for the training set of {_name(source)}. {_method(source)}, made with "
+        f"`cvdd_ray`, an independent implementation on Ray."
     )
     every = {
         **sections,
@@ -257,22 +257,49 @@ def _folders(classes: Sequence[str], folders: Sequence[str]) -> str:
     return pipes(("label", "folder", "class"), rows, ("---:", "---", "---"))
 
 
+def _method(source: Publishable) -> str:
+    """Return in words what guided the images."""
+    if source.reader.config.synthesize.method == "trajectories":
+        return (
+            "Steps of training on them lead where epochs on real images lead: Dataset Distillation by Matching Training "
+            "Trajectories ([MTT](https://arxiv.org/abs/2203.11932))"
+        )
+    return (
+        "Committees of pretrained experts voted on every image: Dataset Distillation via Committee Voting "
+        "([CV-DD](https://arxiv.org/abs/2501.07575))"
+    )
+
+
+def _guides(source: Publishable, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return what guided the images and how they were moved, as rows."""
+    s = settings["synthesize"]
+    if source.reader.config.synthesize.method == "trajectories":
+        t, rates = s["trajectories"], [f"{one.images.facts[RATE]:.3g}" for one in source.sets]
+        return {
+            "trajectories": f"{t['experts']} trainings of {t['network']}; {t['steps']} steps for {t['target_epochs']} epochs",
+            "synthesis": f"{s['iterations']} steps of SGD, learning rate {s['lr']:g}; learned rate of training on the images: "
+            + ", ".join(rates),
+        }
+    v = settings["voting"]
+    weights = {"prior": f"softmax(prior / {v['temperature']:g})", "equal": "equal", "random": "random"}
+    votes = f"{v['size']} of {len(source.summary.experts)} experts per image, weights {weights[v['weighting']]}"
+    groups = sorted({voters for one in source.sets for voters in one.images.facts["voters"]})
+    return {
+        "votes": f"{votes}; who voted: {', '.join(groups)}",
+        "synthesis": f"{s['iterations']} steps of Adam, learning rate {s['lr']:g}, BatchNorm weight {s['bn_weight']:g}, roll up "
+        f"to {s['roll']} px, {_views(s['crop_scale'] if s['augment'] else None, settings['data.flip'])}",
+    }
+
+
 def _made(source: Publishable) -> str:
     """Return how the images and labels came about, from the manifests."""
     manifest = source.sets[0].images
     settings, versions = manifest.identity["settings"], manifest.versions
-    s, v = settings["synthesize"], settings["voting"]
-    weights = {"prior": f"softmax(prior / {v['temperature']:g})", "equal": "equal", "random": "random"}
-    votes = f"{v['size']} of {len(source.summary.experts)} experts per image, weights {weights[v['weighting']]}"
-    groups = sorted({voters for one in source.sets for voters in one.images.facts["voters"]})
+    (guide, guided), (synthesis, moved) = _guides(source, settings).items()
     rows = [
-        ("votes", f"{votes}; who voted: {', '.join(groups)}"),
+        (guide, guided),
         ("starting images", STARTS[settings["initialize.method"]]),
-        (
-            "synthesis",
-            f"{s['iterations']} steps of Adam, learning rate {s['lr']:g}, BatchNorm weight {s['bn_weight']:g}, roll up to "
-            f"{s['roll']} px, {_views(s['crop_scale'] if s['augment'] else None, settings['data.flip'])}",
-        ),
+        (synthesis, moved),
         *(
             ("soft labels" if len(source.sets) == 1 else f"soft labels, IPC {one.ipc}", _labels(one))
             for one in source.sets
@@ -328,9 +355,11 @@ def _accuracy(source: Publishable) -> str:
     if not chosen:
         return "None is known: no students were trained on these images (`cvdd evaluate` trains them)."
     settings = source.reader.manifests[f"evaluate/ipc{chosen[0]}"].identity["settings"]["evaluate"]
+    rate = "the learned rate" if settings.get("learned_lr") else f"learning rate {settings['lr']:g}"
+    optimizer = {"adamw": "AdamW", "sgd": "SGD"}[settings.get("optimizer", "adamw")]
     return (
-        f"Students trained from scratch at {_width(settings['width'])} for {settings['epochs']} epochs (AdamW, learning rate "
-        f"{settings['lr']:g}, temperature {settings['temperature']:g} with soft labels), tested on the real test set; mean and "
+        f"Students trained from scratch at {_width(settings['width'])} for {settings['epochs']} epochs ({optimizer}, {rate}, "
+        f"temperature {settings['temperature']:g} with soft labels), tested on the real test set; mean and "
         f"standard deviation over the seeds, in percent.\n\n"
         f"{markdown_table(source.summary)}\n\n{RULE}"
     )

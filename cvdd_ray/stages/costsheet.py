@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cvdd_ray.core.costs import Network, image_flops, view_flops
+from cvdd_ray.core.costs import Network, image_flops, matching_cost, view_flops
 from cvdd_ray.data.artifacts import Manifest
 from cvdd_ray.data.labels import ONLINE
 from cvdd_ray.stages.arms import OURS, TRAINING_SETS
@@ -53,8 +53,8 @@ class _Sheet:
     def flops(self, stage: str) -> int | None:
         count: Callable[[Manifest], int] | None = {
             "pretrain": self._pretrain, "prior": self._prior, "initialize": self._initialize,
-            "statistics": self._statistics, "synthesize": self._synthesize, "relabel": self._relabel,
-            "evaluate": self._evaluate, "calibrate": lambda made: made.facts["flops"],
+            "statistics": self._statistics, "trajectories": self._trajectories, "synthesize": self._synthesize,
+            "relabel": self._relabel, "evaluate": self._evaluate, "calibrate": lambda made: made.facts["flops"],
         }.get(stage.split("/")[0])  # fmt: skip
         if self._width is None or count is None:
             return None
@@ -65,10 +65,14 @@ class _Sheet:
 
     def _network(self, made: Manifest, name: str, width: float | None = None):
         """Return the FLOPs per image of a network; experts have the committee's width."""
-        info = made.identity["settings"]["dataset"]
-        return image_flops(
-            Network(name, len(made.identity["classes"]), info["image_size"], self._width if width is None else width)
-        )
+        return image_flops(self._named(made, name, self._width if width is None else width))
+
+    def _named(self, made: Manifest, name: str, width: float) -> Network:
+        return Network(name, len(made.identity["classes"]), made.identity["settings"]["dataset"]["image_size"], width)
+
+    def _trajectories(self, made: Manifest) -> int:
+        t = made.identity["settings"]["trajectories"]
+        return t["experts"] * t["epochs"] * made.facts["train_images"] * self._network(made, t["network"]).training
 
     def _view(self, made: Manifest) -> int:
         return view_flops(made.identity["settings"]["dataset"]["image_size"])
@@ -110,7 +114,12 @@ class _Sheet:
         return total
 
     def _synthesize(self, made: Manifest) -> int:
-        iterations = made.identity["settings"]["synthesize"]["iterations"]
+        c = made.identity["settings"]["synthesize"]
+        iterations = c["iterations"]
+        if t := c.get("trajectories"):
+            images = made.facts["images"]
+            batch = min(t["step_images"] or images, images)
+            return iterations * t["steps"] * matching_cost(self._named(made, t["network"], self._width), batch).flops
         votes = [voters for _, voters, _ in self._reader.votes(made.stage)]
         turns = self._reader.config.voting.turns
         calls = sum(

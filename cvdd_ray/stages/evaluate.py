@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from cvdd_ray.stages.arms import CEILING, TRAINING_SETS, sized_rows
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.initialize import load_image_set
 from cvdd_ray.stages.kept import Kept
+from cvdd_ray.stages.matching import RATE
 from cvdd_ray.stages.real import Split, split_for_workers, test_batches
 from cvdd_ray.stages.relabel import LABELS, Labeller, OnlineLabels, ViewSettings, online_labels
 
@@ -75,6 +76,8 @@ def evaluate(run: Run, ipc: int) -> None:
     arms, inputs = load_arms(run, ipc)
     views = ViewSettings(run.config.seed, run.config.data.flip, run.info.image_size, run.config.relabel)
     student = student_settings(run, epochs, ipc * len(run.classes))
+    if c.learned_lr:
+        student = replace(student, lr=run.require(f"synthesize/ipc{ipc}", "synthesize").facts[RATE])
     evaluation = c.counted(exclude={"checkpoint_minutes"})
     evaluation["baselines"] = [name for name in c.baselines if name != CEILING]  # which has a stage of its own
     settings = {
@@ -82,6 +85,7 @@ def evaluate(run: Run, ipc: int) -> None:
         "batch_size": student.batch_size,
         "bn_group": student.bn_group,
         "data.flip": run.config.data.flip,
+        **({"student_lr": student.lr} if c.learned_lr else {}),
     }
     plan = run.plan(f"evaluate/ipc{ipc}", settings, {**inputs, "test": run.real.test.fingerprint})
     with run.stage(plan, f"evaluate ipc {ipc}") as work:

@@ -205,29 +205,36 @@ def run_group(
 
 
 def job_tables(task: GroupTask, final: SynthesisState) -> list[pa.Table]:
-    """Return the finished images of every job, an image index each, with what is known of them: chunk, voters, their
-    weights, the seed of the job's first views, final losses."""
+    """Return the finished images of every job of a group, see `job_images`, with their final losses."""
+    losses = final_losses(final, task.jobs)
     tables = []
-    for job, images_BCHW, cross_entropy, bn_term in zip(
-        task.jobs, final.images_JBCHW.cpu(), *final_losses(final, task.jobs), strict=True
-    ):
-        pixels_BCHW = quantize(images_BCHW, task.info, task.image_format).numpy()
-        job_seed = key(task.settings.seed, "synthesis-view", job.image_index, job.chunk, 0)
-        encode = encode_jpeg75 if task.image_format == PARITY_JPEG else encode_png
-        for k in range(job.span):
-            known = {
-                "image_index": (job.image_index + k, pa.int32()),
-                "chunk": (job.chunk, pa.int32()),
-                "voters": (list(job.voters), pa.list_(pa.string())),
-                "voter_weights": (list(job.weights), pa.list_(pa.float32())),
-                "job_seed": (job_seed, pa.int64()),
-                "cross_entropy": (cross_entropy, pa.float32()),
-                "bn_term": (bn_term, pa.float32()),
-            }
-            columns = {name: pa.array([value] * len(job.labels), kind) for name, (value, kind) in known.items()}
-            own = pixels_BCHW[k :: job.span]
-            images = ImageSet(own, np.array(job.labels, np.int64), (), columns)
-            tables.append(image_table(images, [encode(image) for image in own]))
+    for job, images_BCHW, *terms in zip(task.jobs, final.images_JBCHW.cpu(), *losses, strict=True):
+        tables += job_images(job, images_BCHW, task.info, task.image_format, task.settings.seed, *terms)
+    return tables
+
+
+def job_images(
+    job: Job, images_BCHW: torch.Tensor, info: DatasetInfo, image_format: str, seed: int, cross_entropy: float, bn_term: float
+) -> list[pa.Table]:  # fmt: skip
+    """Return the finished images of a job, an image index each, with what is known of them: chunk, voters, their weights, the
+    seed of the job's first views, final losses."""
+    tables, pixels_BCHW = [], quantize(images_BCHW, info, image_format).numpy()
+    job_seed = key(seed, "synthesis-view", job.image_index, job.chunk, 0)
+    encode = encode_jpeg75 if image_format == PARITY_JPEG else encode_png
+    for k in range(job.span):
+        known = {
+            "image_index": (job.image_index + k, pa.int32()),
+            "chunk": (job.chunk, pa.int32()),
+            "voters": (list(job.voters), pa.list_(pa.string())),
+            "voter_weights": (list(job.weights), pa.list_(pa.float32())),
+            "job_seed": (job_seed, pa.int64()),
+            "cross_entropy": (cross_entropy, pa.float32()),
+            "bn_term": (bn_term, pa.float32()),
+        }
+        columns = {name: pa.array([value] * len(job.labels), kind) for name, (value, kind) in known.items()}
+        own = pixels_BCHW[k :: job.span]
+        images = ImageSet(own, np.array(job.labels, np.int64), (), columns)
+        tables.append(image_table(images, [encode(image) for image in own]))
     return tables
 
 

@@ -135,12 +135,18 @@ def enlarged(pixels_CSS: np.ndarray, scale: int) -> np.ndarray:
 
 
 def curves_figure(
-    training: Mapping[str, Sequence], trace: Sequence, runs: Sequence[Mapping], names: Mapping[str, str], *, title: str
+    training: Mapping[str, Sequence],
+    trace: Sequence,
+    runs: Sequence[Mapping],
+    names: Mapping[str, str],
+    *,
+    title: str,
+    terms: tuple[str, str] = ("cross-entropy", "BN term"),
 ) -> bytes:
     """Return PNG bytes with the curves of all trainings; what is not there yet is said in its panel.
 
     `training` has rows (epoch, loss, train accuracy in percent) per expert, `trace` rows (iteration, image index,
-    chunk, expert, cross-entropy, BN term), `runs` the students' results; `names` says in words what each arm is.
+    chunk, expert, and two `terms`), `runs` the students' results; `names` says in words what each arm is.
     """
     students = list(dict.fromkeys(run["student"] for run in runs)) or ["student"]
     rows = -(-len(students) // 2)
@@ -150,11 +156,14 @@ def curves_figure(
         figure.suptitle(title, fontsize=12, parse_math=False)
         upper, lower = figure.subfigures(2, 1, height_ratios=[6.3, 0.6 + 3.2 * rows], hspace=0.04)
         (loss, accuracy), (cross_entropy, bn_term) = upper.subplots(2, 2)
-        styles = {name: {"color": EXPERT_COLOURS[k % 7], "linestyle": DASHES[k % 5]} for k, name in enumerate(training)}
+        styles = {
+            name: {"color": EXPERT_COLOURS[k % 7], "linestyle": DASHES[k % 5]}
+            for k, name in enumerate(dict.fromkeys([*training, *(row[3] for row in trace)]))
+        }
         for panel, what, column in ((loss, "loss", 1), (accuracy, "train accuracy in %", 2)):
             _training_panel(panel, training, column, styles)
             panel.set(title=f"pretraining: {what}", xlabel="epoch", ylabel=what)
-        for panel, what, column in ((cross_entropy, "cross-entropy", 4), (bn_term, "BN term", 5)):
+        for panel, what, column in ((cross_entropy, terms[0], 4), (bn_term, terms[1], 5)):
             _trace_panel(panel, trace, column, styles)
             panel.set(title=f"synthesis: {what}", xlabel="iteration", ylabel="median, range over jobs")
         if trace:

@@ -14,6 +14,7 @@ from cvdd_ray.stages.pretrain import check_networks, pretrain
 from cvdd_ray.stages.prior import check_given, prior
 from cvdd_ray.stages.relabel import label_encoding, relabel, teacher_names
 from cvdd_ray.stages.synthesize import synthesize
+from cvdd_ray.stages.trajectories import check_network
 from cvdd_ray.stages.votes import needs_priors, vote_of_image
 
 CONFIG = "config.yaml"
@@ -37,8 +38,11 @@ def check(run: Run) -> None:
     if needs_priors(c) and not measured:
         check_given(run)
     for ipc in c.ipc:
-        vote_of_image(run, dict.fromkeys(c.committee.experts, 0.0), ipc, 0)
+        if c.synthesize.method == "committee":
+            vote_of_image(run, dict.fromkeys(c.committee.experts, 0.0), ipc, 0)
         check_workers(run, ipc)
+    if c.synthesize.method == "trajectories":
+        check_network(run)
     check_ceiling(run)
     check_networks(run)
     check_precision(run)
@@ -81,6 +85,8 @@ def per_ipc(stage: Callable[[Run, int], object]) -> Callable[[Run], None]:
 
 def relabel_all(run: Run, ipc: int) -> None:
     """Relabel the distilled images and what the baselines need."""
+    if not run.config.labels_are_soft:
+        run.progress.say("relabel: not needed, students learn from hard labels")
     for label_set in label_sets(run.config):
         relabel(run, ipc, label_set)
 

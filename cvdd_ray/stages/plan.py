@@ -163,12 +163,13 @@ def plan(
     config = with_settings(config, {"synthesize.jobs_per_group": size})
     real = outline(config.data, num_classes=num_classes, train_images=train_images, test_images=test_images)
     run = Run(config, "planned", real=real)
-    matching = config.synthesize.matching.convolutions
-    for name in config.committee.experts if not matching else ():
+    matching, voted = config.synthesize.matching.convolutions, config.synthesize.method == "committee"
+    for name in config.committee.experts if voted and not matching else ():
         require_batchnorm(expert(run, name).build(), name)
-    if matching and calibrate:
+    if calibrate and (matching or not voted):
         raise ConfigError(
-            "--calibrate measures votes that match BatchNorm alone, not synthesize.matching; give --flops-per-s"
+            f"--calibrate measures votes that match BatchNorm alone, not synthesize."
+            f"{'matching' if matching else 'trajectories'}; give --flops-per-s"
         )
     if needs_priors(config) and config.prior.method == "given":
         check_given(run)
@@ -360,6 +361,8 @@ def _notes(run: Run, counted: Sequence[StageCount], stages: Sequence[StagePlan],
         for stage in stages:
             if stage.wire_bytes_per_iteration and gpus > stage.useful_gpus:
                 yield f"{stage.stage}: placement 'spread' has questions for {stage.useful_gpus} GPUs at most"
+    elif config.synthesize.method == "trajectories":
+        yield "a set by trajectories is one piece of work: it takes one GPU, or a part of one, however many there are"
     elif config.synthesize.iterations:
         for stage in counted:
             if stage.groups and stage.stage.startswith("synthesize") and (note := _coarse(run, stage, machines)):

@@ -21,6 +21,7 @@ from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.coresets import TOGETHER, class_portions
 from cvdd_ray.stages.groupwork import FLOAT
 from cvdd_ray.stages.initialize import BLOCK, KINDS, OBSERVED, class_items, observer_name, portions, tiles_per_side
+from cvdd_ray.stages.planmatching import count_matching, count_trajectories
 from cvdd_ray.stages.planwork import (
     OTHER,
     OWN,
@@ -54,7 +55,7 @@ def count_stages(run: Run) -> list[StageCount]:
     """
     c = run.config
     measured = needs_priors(c) and c.prior.method == "distill"
-    stages = [count_pretrain(run)]
+    stages = [count_pretrain(run)] if c.needs_experts else []
     if c.synthesize.matching.convolutions:
         stages.append(count_statistics(run))
     if measured and c.prior.ipc not in c.ipc:
@@ -64,7 +65,10 @@ def count_stages(run: Run) -> list[StageCount]:
     elif needs_priors(c):
         stages.append(StageCount("prior", {}, (), Storage(1 + OWN, 0), driver_bytes(run)))
     stages += [count_initialize(run, ipc) for ipc in c.ipc]
-    stages += [count_synthesize(run, ipc) for ipc in c.ipc]
+    if c.synthesize.method == "trajectories":
+        stages += [count_trajectories(run), *(count_matching(run, ipc) for ipc in c.ipc)]
+    else:
+        stages += [count_synthesize(run, ipc) for ipc in c.ipc]
     stages += [count_relabel(run, ipc, label_set) for ipc in c.ipc for label_set in label_sets(c)]
     stages += [count_evaluate(run, ipc) for ipc in c.ipc]
     return stages + ([count_ceiling(run)] if CEILING in c.evaluate.baselines else [])

@@ -51,6 +51,9 @@ def pretrain(run: Run) -> None:
     Experts with given weights are checked and stored as they are.  Raises ConfigError for models that cannot vote,
     DataError for weights that do not fit.
     """
+    if not run.config.needs_experts:
+        run.progress.say("pretrain: not needed, nothing in this run asks the committee")
+        return
     given = {name: given_weights(run, name) for name in run.config.committee.experts}
     plans = expert_plans(run, given)
     if missing := _missing(run, plans):
@@ -131,7 +134,7 @@ def check_networks(run: Run) -> None:
     c, info = run.config, run.info
     for name in c.committee.experts:
         network = build_model(name, info.num_classes, info.image_size, width=c.committee.width)
-        if not c.synthesize.matching.convolutions:
+        if c.synthesize.method == "committee" and not c.synthesize.matching.convolutions:
             require_batchnorm(network, name)
         if given_weights(run, name) is None and info.image_size > SMALL and c.pretrain.crop == "pad":
             raise ConfigError(

@@ -140,7 +140,9 @@ def _curves(reader: RunReader, ipc: int, summary: RunSummary) -> bytes:
     runs = loaded(f"evaluate/ipc{ipc}", RESULTS, {"runs": []})["runs"]
     runs += loaded(CEILING_STAGE, RESULTS, {"runs": []})["runs"] if runs else []
     names = {arm: training_set(reader, ipc, arm) for arm in TRAINING_SETS}
-    return curves_figure(training, trace, runs, names, title=f"{summary.dataset}, {ipc} images per class")
+    voted = reader.config is None or reader.config.synthesize.method == "committee"
+    terms = {} if voted else {"terms": ("matching loss", "learned rate")}
+    return curves_figure(training, trace, runs, names, title=f"{summary.dataset}, {ipc} images per class", **terms)
 
 
 def _facts(summary: RunSummary) -> dict[str, str]:

@@ -23,7 +23,17 @@ from cvdd_ray.stages.relabel import LABELS, full_bytes, label_encoding
 from cvdd_ray.stages.synthesize import DISTILLED
 from cvdd_ray.stages.votes import PRIORS, needs_priors, priors_hash
 
-FOLDERS = ("pretrain", "prior", "initialize", "statistics", "calibrate", "synthesize", "relabel", "evaluate")
+FOLDERS = (
+    "pretrain",
+    "prior",
+    "initialize",
+    "statistics",
+    "trajectories",
+    "calibrate",
+    "synthesize",
+    "relabel",
+    "evaluate",
+)
 MAX_VOTES = 10  # image indices listed per IPC
 
 
@@ -195,6 +205,9 @@ class RunReader:
         c = self.config
         soft = label_sets(c) if c else [OURS]
         expected = [f"pretrain/{name}" for name in self.experts()] or ["pretrain"]
+        if c and not c.needs_experts:
+            expected = []
+        expected += ["trajectories"] if c and c.synthesize.method == "trajectories" else []
         expected += ["prior"] if c is None or needs_priors(c) else []
         expected += ["statistics"] if c and c.synthesize.matching.convolutions else []
         for n in self.ipcs():

@@ -1,7 +1,8 @@
-"""synthesize (recover): experts vote on every image, pair by pair (spec section 5)."""
+"""synthesize (recover): experts vote on every image, pair by pair (spec section 5), or trajectories are matched (9.6)."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cvdd_ray.config import RunConfig
 from cvdd_ray.core.statistics import Matching
@@ -14,8 +15,10 @@ from cvdd_ray.stages.calibrate import group_size, job_groups
 from cvdd_ray.stages.context import Run, StageWork
 from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts, StoredStarts, VoterSettings
 from cvdd_ray.stages.initialize import START
+from cvdd_ray.stages.matching import RATE, matched
 from cvdd_ray.stages.pretrain import load_experts
 from cvdd_ray.stages.statistics import with_statistics
+from cvdd_ray.stages.trajectories import trajectories
 from cvdd_ray.stages.votes import load_priors, vote_of_image
 
 DISTILLED, TRACE = "distilled", "trace.json"
@@ -25,35 +28,60 @@ def synthesize(run: Run, ipc: int) -> None:
     """Make `synthesize/ipc<n>`: distilled.arrow, or shards of it (images, voters, weights, final losses), and trace.json (loss
     curves).
 
-    Raises ArtifactError when experts, priors or starting images are missing, ConfigError for an impossible vote.
+    Raises ArtifactError when experts, priors or starting images are missing, ConfigError for an impossible vote or network.
     """
     c = run.config
-    specs, hashes = load_experts(run)
-    priors, prior_hash = load_priors(run)
+    settings, inputs, make = {"committee": _by_votes, "trajectories": _by_trajectories}[c.synthesize.method](run, ipc)
     initialized = run.require(f"initialize/ipc{ipc}", "initialize")
-    specs, statistics = with_statistics(run, specs, hashes)
-    jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
-    size = group_size(run, f"ipc{ipc}", [jobs], specs, lambda: voter_settings(run))
     settings = {
         "ipc": ipc,
-        "synthesize": resolved_synthesis(run, size),
-        "voting": c.voting.counted(),
         "data.flip": c.data.flip,
         "initialize.method": c.initialize.method,
+        **settings,
     }
-    inputs = {**hashes, **statistics, "prior": prior_hash, "initialize": initialized.content}
-    plan = run.plan(f"synthesize/ipc{ipc}", settings, inputs)
+    plan = run.plan(f"synthesize/ipc{ipc}", settings, {**inputs, "initialize": initialized.content})
     with run.stage(plan, f"synthesize ipc {ipc}") as work:
         if work is None:
             return
-        made = distill(run, work, {DISTILLED: jobs}, ipc, c.synthesize.iterations, specs, size)
-        files, content, trace = made[DISTILLED]
-        work.commit(
-            {**files, TRACE: json.dumps(trace).encode()},
-            images=ipc * len(run.classes),
-            voters=sorted({"+".join(job.voters) for job in jobs}),
-            content={DISTILLED: content},
-        )
+        files, content, trace, facts = make(work)
+        files = {**files, TRACE: json.dumps(trace).encode()}
+        work.commit(files, images=ipc * len(run.classes), content={DISTILLED: content}, **facts)
+
+
+Made = tuple[dict[str, Written], str, list, dict[str, Any]]
+"""Files to commit, content hash of the images, trace, facts of the manifest."""
+
+
+def _by_votes(run: Run, ipc: int) -> tuple[dict, dict, Callable[[StageWork], Made]]:
+    """Return the settings and inputs that images by votes of the committee depend on, and what makes them."""
+    specs, hashes = load_experts(run)
+    priors, prior_hash = load_priors(run)
+    run.require(f"initialize/ipc{ipc}", "initialize")
+    specs, statistics = with_statistics(run, specs, hashes)
+    jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
+    size = group_size(run, f"ipc{ipc}", [jobs], specs, lambda: voter_settings(run))
+
+    def make(work: StageWork) -> Made:
+        iterations = run.config.synthesize.iterations
+        found = distill(run, work, {DISTILLED: jobs}, ipc, iterations, specs, size)[DISTILLED]
+        return *found, {"voters": sorted({"+".join(job.voters) for job in jobs})}
+
+    settings = {"synthesize": resolved_synthesis(run, size), "voting": run.config.voting.counted()}
+    return settings, {**hashes, **statistics, "prior": prior_hash}, make
+
+
+def _by_trajectories(run: Run, ipc: int) -> tuple[dict, dict, Callable[[StageWork], Made]]:
+    """Return the settings and inputs that images by matched trajectories depend on, and what makes them."""
+    made = trajectories(run)
+    about = {"kind": "distilled", "config": recorded_config(run.config, run.config.synthesize.planned_jobs_per_group)}
+
+    def make(work: StageWork) -> Made:
+        *found, rate = matched(run, work, ipc, DISTILLED, starting_images(run, ipc), made, about)
+        return *found, {"voters": [], RATE: rate}
+
+    c = run.config
+    known = c.synthesize.model_dump(include=c.synthesize.OF_TRAJECTORIES - {"checkpoint_every"})
+    return {"synthesize": known, "committee.width": c.committee.width}, {made.stage: made.content}, make
 
 
 def resolved_synthesis(run: Run, jobs_per_group: int) -> dict:

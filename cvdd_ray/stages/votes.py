@@ -13,16 +13,16 @@ PRIORS = "priors.json"
 
 def needs_priors(c: RunConfig) -> bool:
     """Return whether any weight or voter choice of this run depends on the priors."""
-    votes = c.voting.weighting == "prior" and c.voting.size > 1
-    return (
-        votes
-        or picks_by_prior(c)
-        or (c.relabel.weighting == "prior" and len(c.relabel.teachers or c.committee.experts) > 1)
-    )
+    is_voted = c.synthesize.method == "committee"
+    votes = is_voted and c.voting.weighting == "prior" and c.voting.size > 1
+    weighs_teachers = c.relabel.weighting == "prior" and len(c.relabel.teachers or c.committee.experts) > 1
+    return votes or picks_by_prior(c) or (weighs_teachers and (is_voted or c.labels_are_soft))
 
 
 def picks_by_prior(c: RunConfig) -> bool:
     """Return whether the priors decide who votes on some image."""
+    if c.synthesize.method != "committee":
+        return False
     return c.voting.selection == "top" or (c.voting.selection == "auto" and 1 in c.ipc and not c.voting.fixed)
 
 
