@@ -196,9 +196,9 @@ def test_what_is_made_as_ever_belongs_to_the_settings_of_ever(make_config):
     for section in (c.voting, c.synthesize, c.evaluate, c.relabel):
         assert not set(section.LATER) & set(section.counted())
         assert set(section.LATER) <= set(type(section).model_fields)
-    assert not set(c.synthesize.LATER) & set(recorded_config(c)["synthesize"])
-    assert set(c.relabel.LATER) & set(recorded_config(c)["relabel"]) == set(c.relabel.STORAGE)
-    assert recorded_config(tiny_config(**GVBSM))["synthesize"]["matching"]["momentum"] == 0.8
+    assert not set(c.synthesize.LATER) & set(recorded_config(c, 1)["synthesize"])
+    assert set(c.relabel.LATER) & set(recorded_config(c, 1)["relabel"]) == set(c.relabel.STORAGE)
+    assert recorded_config(tiny_config(**GVBSM), 1)["synthesize"]["matching"]["momentum"] == 0.8
 
 
 BAD = {
