@@ -118,7 +118,7 @@ def test_recipes_and_schema(cvdd):
     assert code == 0
     assert "digits-demo" in out
     assert "DATASET-ipcN-STUDENT" in out
-    assert len(out.splitlines()) < 50
+    assert len(out.splitlines()) < 60
     code, out, _ = cvdd("recipes", "cifar10-cpu")
     assert code == 0
     assert "max_per_class: 2000" in out
