@@ -65,7 +65,8 @@ broken = ExpertSpec("shufflenet_v2", 10, 16, 0.125, save_weights(model))
 jobs = module.image_jobs(run, 2, lambda i: (("shufflenet_v2",), (1.0,)))
 with run.stage(run.plan("broken", {}, {}), "broken") as work:
     try:
-        module.distill(run, work, {"broken": jobs}, 2, 3, {**specs, "shufflenet_v2": broken}, 1)
+        size = run.config.synthesize.jobs_per_group
+        module.distill(run, work, {"broken": jobs}, 2, 3, {**specs, "shufflenet_v2": broken}, size)
     except Exception as error:
         phase(error=type(error).__name__, events=events)
 """
