@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from cvdd_ray.core.keys import key
 from cvdd_ray.core.microbatches import micro_batches_per_call, own_statistics
 from cvdd_ray.core.precision import Precision, lowered, widened
+from cvdd_ray.core.resuming import copied, load_training_state, training_state
 from cvdd_ray.core.schedules import student_lr
 from cvdd_ray.core.softlabels import BatchPlan, batch_views, group_sizes
 from cvdd_ray.core.workers import ALONE, RunningStatistics, Workers
@@ -234,26 +235,13 @@ class StudentTraining:
 
     def state(self) -> dict[str, Tensor]:
         """Return everything the next epoch depends on, as tensors by name (copies)."""
-        tensors = {f"model/{name}": value for name, value in self.student.state_dict().items()}
-        for index, moments in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
+        tensors = training_state(self.student, self._optimizer)
         tensors |= {f"average/{index}": value for index, value in enumerate(self._average)}
-        tensors["next_epoch"] = torch.tensor(self.next_epoch)
-        return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        return copied({**tensors, "next_epoch": torch.tensor(self.next_epoch)})
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state()` of the same network."""
-        self.student.load_state_dict({n.removeprefix("model/"): v for n, v in state.items() if n.startswith("model/")})
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("optimizer/"):
-                _, index, moment = name.split("/")
-                if value.ndim:  # the fused step takes a moment to lie in memory as its parameter does
-                    value = torch.empty_like(parameters[int(index)]).copy_(value)
-                moments.setdefault(int(index), {})[moment] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        load_training_state(self.student, self._optimizer, state)
         for index, average in enumerate(self._average):
             average.copy_(state[f"average/{index}"])
         self.next_epoch = int(state["next_epoch"])

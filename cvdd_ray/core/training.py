@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cvdd_ray.core.augment import Views, apply_views, draw_boxes
 from cvdd_ray.core.keys import generator, key
+from cvdd_ray.core.resuming import copied, load_training_state, training_state
 from cvdd_ray.core.workers import ALONE, Workers
 from cvdd_ray.errors import NumericsError
 
@@ -137,26 +138,12 @@ class ExpertTraining:
 
     def state(self) -> dict[str, Tensor]:
         """Return everything the next epoch depends on, as tensors by name (copies)."""
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        for index, moments in self._optimizer.state_dict()["state"].items():
-            found = {name: value for name, value in moments.items() if value is not None}
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in found.items()}
-        tensors["next_epoch"] = torch.tensor(self.next_epoch)
-        return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        tensors = training_state(self.model, self._optimizer)
+        return copied({**tensors, "next_epoch": torch.tensor(self.next_epoch)})
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state()` of the same network and settings."""
-        self.model.load_state_dict({n.removeprefix("model/"): v for n, v in state.items() if n.startswith("model/")})
-        parameters = list(self.model.parameters())
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("optimizer/"):
-                _, index, moment = name.split("/")
-                if value.ndim:  # in memory as its parameter lies
-                    value = torch.empty_like(parameters[int(index)]).copy_(value)
-                moments.setdefault(int(index), {})[moment] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        load_training_state(self.model, self._optimizer, state)
         with warnings.catch_warnings():  # of a schedule that steps before its optimiser; it has, in another process
             warnings.simplefilter("ignore", UserWarning)
             while self.next_epoch < int(state["next_epoch"]):
