@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from cvdd_ray.core.workers import Workers
 from cvdd_ray.data.imagesets import image_table, table_bytes
 from cvdd_ray.data.labels import write_label_file
+from cvdd_ray.stages.runtime import LocalRuntime
 
 
 def tiny_net(seed=0, num_classes=4, width=4, norm=nn.BatchNorm2d, dropout=0.0):
@@ -125,6 +126,21 @@ def _join_and_run(rank, num_workers, folder, function, args):
         Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(Workers(rank, num_workers), *args)))
     finally:
         dist.destroy_process_group()
+
+
+class Interrupted(LocalRuntime):
+    """Stops a network in training when `share` of its epochs are done."""
+
+    def __init__(self, share):
+        super().__init__(1)
+        self._share = share
+
+    def map(self, function, items, shared=(), on_report=None):
+        def report(said):
+            if said["done"] >= self._share:
+                raise KeyboardInterrupt
+
+        yield from ((name, function(item, *shared, report=report)) for name, item in items.items())
 
 
 class Threads:

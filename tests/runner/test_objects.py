@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 
+import numpy as np
 from clusters import RayCluster
 
 DRIVER = """
@@ -33,8 +34,6 @@ for name, result in runtime.map(make, {"piece": 7}):
 
 
 def test_it_is_made_again_elsewhere():
-    import numpy as np
-
     with RayCluster(num_cpus=0) as cluster:  # the head makes nothing
         cluster.add()
         words = [sys.executable, "-c", DRIVER, cluster.address]

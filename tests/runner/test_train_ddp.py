@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from helpers import in_processes
+from helpers import Interrupted, in_processes
 
 from cvdd_ray.data.artifacts import Artifacts
 from cvdd_ray.errors import ConfigError, DataError
@@ -277,27 +277,12 @@ def test_one_process_cannot_be_several_workers(make_config, labelled):
 # --- a student's checkpoint, with one worker as with several -----------------------------------------------------------
 
 
-class Interrupted(LocalRuntime):
-    """Stops a student after so many epochs."""
-
-    def __init__(self, epochs):
-        super().__init__(1)
-        self._epochs = epochs
-
-    def map(self, function, items, shared=(), on_report=None):
-        def report(said):
-            if said["done"] >= self._epochs / EPOCHS:
-                raise KeyboardInterrupt
-
-        yield from ((name, function(item, *shared, report=report)) for name, item in items.items())
-
-
 def test_an_interrupted_student_goes_on_from_its_checkpoint(make_config, labelled):
     config = config_of(make_config, first_seed=7)
     whole = row_of(config, labelled, LocalRuntime(1))
     labelled.delete_folder("evaluate")
     with pytest.raises(KeyboardInterrupt):
-        row_of(config, labelled, Interrupted(3))
+        row_of(config, labelled, Interrupted(3 / EPOCHS))
     (checkpoint,) = [name for name in labelled.names("evaluate") if name.endswith(".checkpoint")]
     done = []
     runtime = LocalRuntime(1)
@@ -318,10 +303,10 @@ def test_checkpoints_come_by_the_clock_and_a_damaged_one_is_begun_again(make_con
     whole = row_of(config_of(make_config), labelled, LocalRuntime(1))
     labelled.delete_folder("evaluate")
     with pytest.raises(KeyboardInterrupt):
-        row_of(config_of(make_config, checkpoint_minutes=60), labelled, Interrupted(3))
+        row_of(config_of(make_config, checkpoint_minutes=60), labelled, Interrupted(3 / EPOCHS))
     assert not labelled.names("evaluate")
     with pytest.raises(KeyboardInterrupt):
-        row_of(config_of(make_config), labelled, Interrupted(3))
+        row_of(config_of(make_config), labelled, Interrupted(3 / EPOCHS))
     (checkpoint,) = labelled.names("evaluate")
     labelled.write(checkpoint, labelled.read(checkpoint)[:1000])
     progress = Silent()

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from helpers import in_processes
+from helpers import Interrupted, in_processes
 
 from cvdd_ray.errors import ConfigError
 from cvdd_ray.runner import cluster
@@ -15,21 +15,6 @@ from cvdd_ray.stages.pretrain import WEIGHTS, expert_plans, pretrain, train_one
 from cvdd_ray.stages.runtime import LocalRuntime
 
 EPOCHS = 4
-
-
-class Interrupted(LocalRuntime):
-    """Stops a network after so many epochs."""
-
-    def __init__(self, epochs):
-        super().__init__(1)
-        self._epochs = epochs
-
-    def map(self, function, items, shared=(), on_report=None):
-        def report(said):
-            if said["done"] >= self._epochs / EPOCHS:
-                raise KeyboardInterrupt
-
-        yield from ((name, function(item, *shared, report=report)) for name, item in items.items())
 
 
 class Heard(Silent):
@@ -59,7 +44,7 @@ def test_an_interrupted_expert_goes_on_from_its_checkpoint(config, tmp_path):
     pretrain(whole)
     place = str(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        pretrain(Run(config, place, runtime=Interrupted(3)))
+        pretrain(Run(config, place, runtime=Interrupted(3 / EPOCHS)))
     again, heard = Run(config, place), []
     (checkpoint,) = [name for name in again.store.all_names() if name.endswith(".checkpoint")]
     assert checkpoint.startswith("pretrain/mobilenet_v2/partial/")
@@ -82,7 +67,7 @@ def test_an_interrupted_expert_goes_on_from_its_checkpoint(config, tmp_path):
 
 def test_a_damaged_checkpoint_is_said_and_begun_anew(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        pretrain(Run(config, str(tmp_path), runtime=Interrupted(2)))
+        pretrain(Run(config, str(tmp_path), runtime=Interrupted(2 / EPOCHS)))
     run = Run(config, str(tmp_path), progress=Heard())
     (checkpoint,) = [name for name in run.store.all_names() if name.endswith(".checkpoint")]
     data = bytearray(run.store.read(checkpoint))
@@ -98,7 +83,7 @@ def test_a_student_on_all_real_images_goes_on_too(config, tmp_path):
     whole, place = Run(config, str(tmp_path / "whole")), str(tmp_path / "run")
     ceiling(whole)
     with pytest.raises(KeyboardInterrupt):
-        ceiling(Run(config, place, runtime=Interrupted(3)))
+        ceiling(Run(config, place, runtime=Interrupted(3 / EPOCHS)))
     again = Run(config, place)
     ceiling(again)
     rows = []
