@@ -32,14 +32,13 @@ def synthesize(run: Run, ipc: int) -> None:
     """
     c = run.config
     settings, inputs, make = {"committee": _by_votes, "trajectories": _by_trajectories}[c.synthesize.method](run, ipc)
-    initialized = run.require(f"initialize/ipc{ipc}", "initialize")
     settings = {
         "ipc": ipc,
         "data.flip": c.data.flip,
         "initialize.method": c.initialize.method,
         **settings,
     }
-    plan = run.plan(f"synthesize/ipc{ipc}", settings, {**inputs, "initialize": initialized.content})
+    plan = run.plan(f"synthesize/ipc{ipc}", settings, inputs)
     with run.stage(plan, f"synthesize ipc {ipc}") as work:
         if work is None:
             return
@@ -56,7 +55,7 @@ def _by_votes(run: Run, ipc: int) -> tuple[dict, dict, Callable[[StageWork], Mad
     """Return the settings and inputs that images by votes of the committee depend on, and what makes them."""
     specs, hashes = load_experts(run)
     priors, prior_hash = load_priors(run)
-    run.require(f"initialize/ipc{ipc}", "initialize")
+    initialized = run.require(f"initialize/ipc{ipc}", "initialize")
     specs, statistics = with_statistics(run, specs, hashes)
     jobs = image_jobs(run, ipc, lambda i: vote_of_image(run, priors, ipc, i))
     size = group_size(run, f"ipc{ipc}", [jobs], specs, lambda: voter_settings(run))
@@ -67,11 +66,12 @@ def _by_votes(run: Run, ipc: int) -> tuple[dict, dict, Callable[[StageWork], Mad
         return *found, {"voters": sorted({"+".join(job.voters) for job in jobs})}
 
     settings = {"synthesize": resolved_synthesis(run, size), "voting": run.config.voting.counted()}
-    return settings, {**hashes, **statistics, "prior": prior_hash}, make
+    return settings, {**hashes, **statistics, "prior": prior_hash, "initialize": initialized.content}, make
 
 
 def _by_trajectories(run: Run, ipc: int) -> tuple[dict, dict, Callable[[StageWork], Made]]:
     """Return the settings and inputs that images by matched trajectories depend on, and what makes them."""
+    initialized = run.require(f"initialize/ipc{ipc}", "initialize")
     made = trajectories(run)
     about = {"kind": "distilled", "config": recorded_config(run.config, run.config.synthesize.planned_jobs_per_group)}
 
@@ -81,7 +81,8 @@ def _by_trajectories(run: Run, ipc: int) -> tuple[dict, dict, Callable[[StageWor
 
     c = run.config
     known = c.synthesize.model_dump(include=c.synthesize.OF_TRAJECTORIES - {"checkpoint_every"})
-    return {"synthesize": known, "committee.width": c.committee.width}, {made.stage: made.content}, make
+    inputs = {made.stage: made.content, "initialize": initialized.content}
+    return {"synthesize": known, "committee.width": c.committee.width}, inputs, make
 
 
 def resolved_synthesis(run: Run, jobs_per_group: int) -> dict:
