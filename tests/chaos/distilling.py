@@ -1,6 +1,8 @@
 """A tiny run from its starting images to its soft labels, disturbed or not, for tests that compare bytes.
 
-As a program it is a driver of its own: ADDRESS PLACEMENT WIRE SEED THERE OUT, where SEED "" leaves the run alone.
+As a program it is a driver of its own: ADDRESS PLACEMENT WIRE SEED THERE OUT, where SEED "" leaves the run alone. A disturbed
+one waits for a line at its first checkpoint and when it hears of nodes that will leave, so that there is work left when that
+happens.
 """
 
 import hashlib
@@ -87,10 +89,15 @@ def main(address: str, placement: str, wire: str, seed: str, there: str, out: st
     runtime = RayRuntime(settings.runtime)
     killer = Killer(runtime, int(seed)) if seed else None
 
+    waits = {"checkpoint", "nodes_leaving"}
+
     def tell(event: str, facts: dict) -> None:
         print(event, facts.get("what"), flush=True)
         if killer:
             killer(event, facts)
+            if event in waits:
+                waits.remove(event)
+                sys.stdin.readline()
 
     runtime._on_event = tell
     hashes = distil(beside(Run(settings, there), out, settings, runtime))

@@ -112,17 +112,24 @@ def test_three_nodes(placement, disturbed, wire, local, tmp_path, three_nodes):
         "CLUSTER_TOKEN": three_nodes.env["RAY_AUTH_TOKEN"],
     }
     command = [sys.executable, distilling.__file__, *words]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    said, checkpoints = {}, 0
+    driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def let_go_on():
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+
+    said = {}
     for line in driver.stdout:
         kind, _, text = line.strip().partition(" ")
+        if disturbed and kind not in said:
+            if kind == "checkpoint":
+                three_nodes.announce()
+                let_go_on()
+            elif kind == "nodes_leaving":
+                three_nodes.lose()
+                three_nodes.add()
+                let_go_on()
         said[kind] = text
-        checkpoints += kind == "checkpoint"
-        if disturbed and kind == "checkpoint" and checkpoints == 2:
-            three_nodes.announce()
-        if kind == "nodes_leaving":
-            three_nodes.lose()
-            three_nodes.add()
     assert driver.wait(60) == 0
     assert json.loads(said["hashes"]) == local[1]
     assert ("nodes_leaving" in said) == disturbed
