@@ -57,7 +57,7 @@ def require_known(c: RunConfig, work: str) -> None:
     synthesis = {
         "synthesize.method": s.method != "committee", "synthesize.matching": s.matching.convolutions,
         "synthesize.class_together": s.class_together, "synthesize.crop": s.crop == "pad", "voting.turns": c.voting.turns,
-        "synthesize.precision": s.precision != "float32", "synthesize.compile": s.compile,
+        "synthesize.precision": s.precision != "float32",
     }  # fmt: skip
     unknown = [name for name, used in other.get(work, synthesis).items() if used]
     if unknown:

@@ -68,7 +68,7 @@ class SynthesisWork:
 
     @property
     def plain(self) -> dict[str, float]:
-        """What a voter of either side needs besides weights."""
+        """What a voter of either side needs besides weights; ours may be compiled."""
         return {"bn_weight": self.voter.bn_weight, "first_bn_multiplier": self.voter.first_bn_multiplier}
 
     def start_of(self, job: Job) -> torch.Tensor:
@@ -80,7 +80,10 @@ class SynthesisWork:
 
 
 def our_synthesis(work: SynthesisWork) -> Round:
-    voters = {name: Voter(random_network(network), **work.plain) for name, network in work.experts.items()}
+    compile = work.voter.compile
+    voters = {
+        name: Voter(random_network(network), **work.plain, compile=compile) for name, network in work.experts.items()
+    }
     committee = LocalCommittee(voters)
 
     def round_() -> int:
@@ -119,7 +122,7 @@ def synthesis_work(run: Run, ipc: int, iterations: int) -> SynthesisWork:
         {name: expert(run, name) for name in used},
         tuple(job_groups(jobs, c.synthesize.planned_jobs_per_group)),
         synthesis_settings(run, iterations),
-        VoterSettings(c.synthesize.bn_weight, c.synthesize.first_bn_multiplier),
+        VoterSettings(c.synthesize.bn_weight, c.synthesize.first_bn_multiplier, compile=c.synthesize.compile),
         run.info.image_size,
     )
 

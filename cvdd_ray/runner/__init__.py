@@ -38,7 +38,7 @@ def start_runtime(
 
 
 def protect_private_cluster() -> None:
-    """Give the private cluster a token of its own, since Ray's ports listen on every interface.
+    """Give the private cluster a token of its own, since every user of this machine reaches its ports.
 
     The token lives in this process's environment, which the workers inherit, and not in HOME, where Ray would keep its
     own and where it would lock out this user's other clusters. Ray reads the mode when it is imported: if it already

@@ -5,10 +5,12 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -48,15 +50,15 @@ def connect(c: RuntimeConfig) -> bool:
             _require_answer(c.address)
             ray.init(address=c.address, **common)
             return True
-        ray.init(
-            address="local",
-            num_cpus=c.num_cpus,
-            object_store_memory=c.object_store_mb << 20,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _system_config={"max_direct_call_object_size": INLINE_BYTES},
-            **common,
-        )
+        with _at_loopback():
+            ray.init(
+                address="local",
+                num_cpus=c.num_cpus,
+                object_store_memory=c.object_store_mb << 20,
+                include_dashboard=False,
+                _system_config={"max_direct_call_object_size": INLINE_BYTES},
+                **common,
+            )
         return True
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
@@ -67,6 +69,18 @@ def connect(c: RuntimeConfig) -> bool:
             f"token if it has one (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token), or leave --address out to "
             f"use this machine"
         ) from None
+
+
+@contextmanager
+def _at_loopback() -> Iterator[None]:
+    """Let the servers of a Ray that is started inside listen on 127.0.0.1 alone, as Ray does by itself on macOS. On Linux it
+    takes even `_node_ip_address="127.0.0.1"` for this machine's address in the network."""
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 def disconnect(owned: bool) -> None:
