@@ -115,18 +115,20 @@ def test_a_new_method_is_one_mapping(monkeypatch):
 
 @pytest.mark.parametrize("ipc", [1, 10])
 def test_on_cpus_all_methods_have_one_protocol(ipc):
-    """Students, views and experts' training are the same; what a method is stays."""
+    """Students, views and experts' training are the same; what a method is stays, hard labels included."""
     words = ["", "sre2l++", "sre2l", "cda", "rded", "gvbsm", "edc", "mtt", "random", "kcenter", "herding"]
     assert set(words) == {"", *part("methods")}
     c = {word: load_config("-".join(filter(None, (f"cifar10-ipc{ipc}-r18", word, "cpu")))) for word in words}
+    own = {"baselines", "labels"}
     for other in c.values():
-        assert other.evaluate.model_dump(exclude={"baselines"}) == c[""].evaluate.model_dump(exclude={"baselines"})
+        assert other.evaluate.model_dump(exclude=own) == c[""].evaluate.model_dump(exclude=own)
         assert (other.data, other.pretrain, other.committee.width) == (c[""].data, c[""].pretrain, 0.25)
-        own = {"batchnorm", "weighting", "temperature", "teachers"}
-        assert other.relabel.model_dump(exclude=own) == c[""].relabel.model_dump(exclude=own)
+        teaching = {"batchnorm", "weighting", "temperature", "teachers"}
+        assert other.relabel.model_dump(exclude=teaching) == c[""].relabel.model_dump(exclude=teaching)
         assert other.synthesize.iterations in (0, 400)
     assert [word for word in words if not c[word].synthesize.iterations] == ["rded", "random", "kcenter", "herding"]
     assert [word for word in words if c[word].relabel.batchnorm == "eval"] == ["rded", "gvbsm", "edc"]
+    assert [word for word in words if c[word].evaluate.labels == "hard"] == ["mtt"]
     assert c["sre2l++"].committee.experts == ("resnet18",)
     assert c["gvbsm"].synthesize.matching.convolutions
     assert c["edc"].synthesize.matching.class_share == 0.5

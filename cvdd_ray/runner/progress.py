@@ -14,7 +14,7 @@ from rich.text import Text
 
 LINE_EVERY_S = 10.0
 BEGINNINGS = ("task_started", "group_started")
-FOUND_WITHIN_S = 0.1  # what a stage reports so soon was there when it was entered, and does not count for the rate
+FOUND_WITHIN_S = 0.1  # what a stage reports so soon was there when it was entered; no rate is told from so short a time
 
 
 def open_progress(log_format: str) -> "LiveProgress | JsonProgress":
@@ -49,7 +49,7 @@ class Pace:
     @property
     def rate(self) -> float:
         worked_s = time.monotonic() - (self._began or self._started)
-        return (self.done - self._found) / worked_s if worked_s > 0 else 0.0
+        return (self.done - self._found) / worked_s if worked_s > FOUND_WITHIN_S else 0.0
 
     @property
     def left_s(self) -> float | None:
