@@ -423,6 +423,14 @@ def test_what_does_not_fit_is_said():
     assert not any("needs" in note for note in cifar(gpu="h100").notes)
 
 
+def test_what_is_not_counted_is_said(make_config):
+    given = {"prior": {"method": "given", "values": {"resnet18": 1, "shufflenet_v2": 1}}, "synthesize": {"compile": True}}
+    notes = plan(make_config(**given, pretrain={"workers": 3})).notes
+    assert "votes are counted and timed as they are without synthesize.compile" in notes
+    assert "pretrain.workers=3: what 3 GPUs train together is timed as if one of them did it alone" in notes
+    assert not any("workers=" in note for note in plan(make_config(**given)).notes)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
