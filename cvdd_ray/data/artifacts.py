@@ -260,7 +260,7 @@ def source_stores(roots: Sequence[str]) -> list[Store]:
     """Return the stores of runs or sweeps whose stages are to be taken over.  Raises ArtifactError for one without any."""
     stores = [Store(root) for root in roots]
     for store in stores:
-        if not any(store.names(folder) for folder in ("pretrain", "stages")):
+        if not any(store.names(folder) for folder in ("pretrain", "initialize", "stages")):  # one without experts, too
             raise ArtifactError(
                 f"--reuse: {store.display('').rstrip('/')} has no finished stage to take over; give the directory of a run or "
                 f"a sweep"

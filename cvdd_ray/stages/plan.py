@@ -344,7 +344,10 @@ def _notes(run: Run, counted: Sequence[StageCount], stages: Sequence[StagePlan],
     config, gpus, precision = run.config, machines.gpus, run.config.synthesize.precision
     if config.synthesize.compile:
         yield "votes are counted and timed as they are without synthesize.compile"
-    for setting, workers in (("pretrain.workers", config.pretrain.workers), ("evaluate.workers", config.evaluate.workers)):
+    for setting, workers in (
+        ("pretrain.workers", config.pretrain.workers),
+        ("evaluate.workers", config.evaluate.workers),
+    ):
         if workers > 1:
             yield f"{setting}={workers}: what {workers} GPUs train together is timed as if one of them did it alone"
     if precision != "float32" and machines.speed.source.startswith("ASSUMED"):

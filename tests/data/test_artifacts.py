@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from cvdd_ray.data.artifacts import MANIFEST, Artifacts, StagePlan, first_difference, sha256, software_versions
+from cvdd_ray.data.artifacts import (
+    MANIFEST,
+    Artifacts,
+    StagePlan,
+    first_difference,
+    sha256,
+    software_versions,
+    source_stores,
+)
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 
@@ -272,6 +280,14 @@ def test_a_finished_stage_is_taken_over_from_a_source(tmp_path, variants_there, 
     assert artifacts.read(made, "b.bin") == b"two"
     alone = Artifacts(here, variants=variants_here)  # it is a stage of its own now
     assert alone.finished(PLAN) == made
+
+
+@pytest.mark.parametrize("stage", ["pretrain/resnet18", "initialize/ipc1", "stages/pretrain/resnet18/0123"])
+def test_a_run_is_a_source_even_without_experts(stage, store):
+    with pytest.raises(ArtifactError, match="no finished stage to take over"):
+        source_stores([store.root])
+    store.write(f"{stage}/{MANIFEST}", b"{}")
+    assert [source.root for source in source_stores([store.root])] == [store.root]
 
 
 def test_a_source_does_not_replace_what_is_there_unasked(tmp_path):

@@ -424,7 +424,10 @@ def test_what_does_not_fit_is_said():
 
 
 def test_what_is_not_counted_is_said(make_config):
-    given = {"prior": {"method": "given", "values": {"resnet18": 1, "shufflenet_v2": 1}}, "synthesize": {"compile": True}}
+    given = {
+        "prior": {"method": "given", "values": {"resnet18": 1, "shufflenet_v2": 1}},
+        "synthesize": {"compile": True},
+    }
     notes = plan(make_config(**given, pretrain={"workers": 3})).notes
     assert "votes are counted and timed as they are without synthesize.compile" in notes
     assert "pretrain.workers=3: what 3 GPUs train together is timed as if one of them did it alone" in notes
