@@ -16,8 +16,9 @@ def compare_command(
         list[str], typer.Argument(metavar="DIR...", help="Directories (or s3:// URIs) of finished runs.")
     ],
     row: Annotated[
-        str, typer.Option("--row", metavar="NAME", help="Row of the tables: distilled, or one of evaluate.baselines.")
-    ] = "distilled",
+        str | None,
+        typer.Option("--row", metavar="NAME", help="Row of the tables, of evaluate.baselines; default: the run's own."),
+    ] = None,
     csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Everything as JSON, protocols included.")] = False,

@@ -1,7 +1,7 @@
 """Runs side by side, whatever method made them; ranked only where they were measured in the same way.
 
 A protocol is everything besides images and labels that decides a student's accuracy: data, test set, number of images, label
-regime, student and how it is trained. Rows of one IPC and student are ranked if their protocols are equal.
+regime, student and how it is trained. Rows of one IPC, student and label regime are ranked if their protocols are equal.
 """
 
 import csv
@@ -17,7 +17,7 @@ from rich.text import Text
 from cvdd_ray.data.remote import without_secrets
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
-from cvdd_ray.stages.arms import CEILING, OURS, REGIMES, TRAINING_SETS
+from cvdd_ray.stages.arms import CEILING, OURS, OURS_HARD, REGIMES, TRAINING_SETS
 from cvdd_ray.stages.costsheet import StageCost, stage_costs
 from cvdd_ray.stages.planreport import flops, size
 from cvdd_ray.stages.report import pipes, spread
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries, those of one IPC and student together, best first; `notes` say what is not ranked, and why."""
+    """Entries, those of one IPC, student and label regime together, best first; `notes` say what is not ranked, and why."""
 
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
@@ -61,14 +61,15 @@ class Comparison:
         return {"entries": [asdict(entry) for entry in self.entries], "notes": list(self.notes)}
 
 
-def compare(folders: Sequence[str], arm: str = OURS) -> Comparison:
-    """Compare the row `arm` of the tables of finished runs (directories or s3:// URIs).
+def compare(folders: Sequence[str], arm: str | None = None) -> Comparison:
+    """Compare the row `arm` of the tables of finished runs (directories or s3:// URIs), or without one every run's own: its
+    distilled images with soft labels, with hard ones if these are the method's (MTT).
 
     Raises ConfigError for fewer than two runs, one given twice, a sweep or an unknown row; ArtifactError for a run without
     (up-to-date) results for this row.
     """
     known = [name for name in TRAINING_SETS if name != CEILING]  # which no method has made
-    if arm not in known:
+    if arm is not None and arm not in known:
         raise ConfigError(f"--row {arm}: no row to compare; choose one of {', '.join(known)}")
     if len(folders) < 2 or len(set(folders)) < len(folders):
         raise ConfigError(f"compare: got {', '.join(folders) or 'nothing'}; give two or more different runs")
@@ -78,22 +79,29 @@ def compare(folders: Sequence[str], arm: str = OURS) -> Comparison:
         for entry in entries_of(name, folder, arm)
     ]
     ranked, notes = [], []
-    for ipc, student in sorted({(entry.ipc, entry.student) for entry in found}):
-        group = [entry for entry in found if (entry.ipc, entry.student) == (ipc, student)]
+    for ipc, student, regime in sorted(
+        {_kind(entry) for entry in found}, key=lambda k: (*k[:2], list(REGIMES).index(k[2]))
+    ):
+        group = [entry for entry in found if _kind(entry) == (ipc, student, regime)]
         group.sort(key=lambda entry: -entry.row.last_mean)
-        differences = differing([entry.protocol for entry in group])
+        differences, what = (
+            differing([entry.protocol for entry in group]),
+            f"IPC {ipc}, {student}, labels {REGIMES[regime]}",
+        )
         if differences:
-            notes.append(f"not ranked, IPC {ipc}, {student}: the runs differ in {_said(differences, group)}")
+            notes.append(f"not ranked, {what}: the runs differ in {_said(differences, group)}")
         elif len(group) > 1:
             group = [Entry(**{**vars(entry), "rank": _rank(entry, group)}) for entry in group]
         else:
-            others = sorted({f"{e.student} at IPC {e.ipc}" for e in found if e.run != group[0].run})
-            notes.append(
-                f"not ranked, IPC {ipc}, {student}: {group[0].run} alone has it; student or number of images differ from the "
-                f"others', which have {', '.join(others)}"
-            )
+            own = group[0].run
+            others = sorted({f"{e.student} at IPC {e.ipc}, {REGIMES[e.row.regime]}" for e in found if e.run != own})
+            notes.append(f"not ranked, {what}: {own} alone has it; the others have {'; '.join(others)}")
         ranked += group
     return Comparison(tuple(ranked), tuple(notes))
+
+
+def _kind(entry: Entry) -> tuple[int, str, str]:
+    return entry.ipc, entry.student, entry.row.regime
 
 
 def short_names(folders: Sequence[str]) -> list[str]:
@@ -106,8 +114,8 @@ def short_names(folders: Sequence[str]) -> list[str]:
     return shown
 
 
-def entries_of(name: str, folder: str, arm: str) -> list[Entry]:
-    """Return a run's entries, one per IPC and student.  Raises as `compare`."""
+def entries_of(name: str, folder: str, arm: str | None) -> list[Entry]:
+    """Return a run's entries, one per IPC and student; without `arm` those of its own row.  Raises as `compare`."""
     store = Store(folder)
     if is_sweep(store):
         raise ConfigError(
@@ -115,6 +123,9 @@ def entries_of(name: str, folder: str, arm: str) -> list[Entry]:
         )
     reader = RunReader(store)
     summary = read_summary(reader)
+    if arm is None:
+        there = {row.arm for one in summary.ipcs for row in one.rows}
+        arm = OURS_HARD if OURS_HARD in there and OURS not in there else OURS
     costs, entries = stage_costs(reader), []
     for one in summary.ipcs:
         stage = f"evaluate/ipc{one.ipc}"
@@ -152,7 +163,10 @@ def _belongs(stage: str, ipc: int, label_set: str | None) -> bool:
     parts = stage.split("/")
     if parts[0] == "relabel":
         return parts[1:] == [f"ipc{ipc}", label_set]
-    return parts[-1] == f"ipc{ipc}" or parts[0] in ("pretrain", "prior")
+    of_one_ipc = [
+        part for part in parts if part.startswith("ipc")
+    ]  # experts, priors, statistics, trajectories: of none
+    return not of_one_ipc or of_one_ipc == [f"ipc{ipc}"]
 
 
 def protocol(reader: RunReader, ipc: int, row: ResultRow) -> dict[str, Any]:

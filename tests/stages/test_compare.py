@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from cvdd_ray.errors import ArtifactError
-from cvdd_ray.stages.compare import HEADER, compare, differing, short_names
+from cvdd_ray.stages.compare import HEADER, _belongs, compare, differing, short_names
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.pipeline import STAGES, run_all
 from cvdd_ray.stages.synthesize import synthesize
@@ -61,7 +61,7 @@ def test_what_differs_is_said_and_not_ranked(runs, tmp_path, cvdd):
     STAGES["evaluate"](config)
     folders = [str(runs / "committee"), str(other)]
     (note,) = compare(folders).notes
-    assert note.startswith("not ranked, IPC 2, resnet18: the runs differ in evaluate.lr (")
+    assert note.startswith("not ranked, IPC 2, resnet18, labels fixed soft: the runs differ in evaluate.lr (")
     assert "longer: 0.002" in note
     assert "committee: 0.001" in note
     assert {entry.rank for entry in compare(folders).entries} == {None}
@@ -99,7 +99,33 @@ def test_other_students_or_sizes_are_ranked_with_none(runs, tmp_path):
     assert {entry.rank for entry in found.entries} == {None}
     assert len(found.notes) == 2
     assert "convnet alone has it" in found.notes[0]
-    assert "resnet18 at IPC 2" in found.notes[0]
+    assert "resnet18 at IPC 2, fixed soft" in found.notes[0]
+
+
+def test_hard_labels_of_a_method_are_its_own_row_and_ranked_apart(runs, tmp_path):
+    from cvdd_ray.recipes import parse_config
+
+    hard = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        shutil.copytree(runs / "committee", folder)
+        settings = ["evaluate.labels=hard", "evaluate.baselines=[]"]
+        c = parse_config((folder / "config.yaml").read_text(), "config", settings)
+        STAGES["evaluate"](Run(c, str(folder), overwrite=True))
+        hard.append(str(folder))
+    found = compare([str(runs / "committee"), hard[0], str(runs / "single"), hard[1]])
+    assert [(e.row.arm, e.row.regime) for e in found.entries] == [("distilled", "soft")] * 2 + [
+        ("distilled_hard", "hard")
+    ] * 2
+    assert sorted(e.rank for e in found.entries[:2])[0] == 1
+    assert [e.rank for e in found.entries[2:]] == [1, 1]
+    assert found.notes == ()
+    (alone,) = compare([str(runs / "committee"), hard[0], str(runs / "single")]).notes
+    assert alone == (
+        "not ranked, IPC 2, resnet18, labels hard: first alone has it; the others have resnet18 at IPC 2, fixed soft"
+    )
+    with pytest.raises(ArtifactError, match="first has no results of 'distilled'"):
+        compare([str(runs / "committee"), hard[0]], "distilled")
 
 
 def test_results_that_are_out_of_date_or_not_there_are_refused(runs, tmp_path):
@@ -117,6 +143,13 @@ def test_results_that_are_out_of_date_or_not_there_are_refused(runs, tmp_path):
 def test_differences_of_protocols():
     assert differing([{"a": 1, "b": [2]}, {"a": 1, "b": [2]}]) == {}
     assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == {"b": [2, 3], "c": [None, 4]}
+
+
+def test_what_a_row_rests_on_is_counted():
+    of_all = ["pretrain/resnet18", "prior", "statistics", "trajectories"]
+    own = ["initialize/ipc2", "calibrate/ipc2", "synthesize/ipc2", "relabel/ipc2/distilled"]
+    others = ["initialize/ipc5", "synthesize/ipc5", "relabel/ipc2/random", "relabel/ipc5/distilled"]
+    assert [stage for stage in [*of_all, *own, *others] if _belongs(stage, 2, "distilled")] == [*of_all, *own]
 
 
 def test_names_of_runs_tell_them_apart():
