@@ -70,7 +70,7 @@ print(json.dumps({"ports": ports, "asked": asked}))
 
 
 def test_a_private_ray_answers_to_its_token_alone_and_has_no_dashboard():
-    """Ray's servers listen on every interface, whatever address a node has; so the token is what keeps others out."""
+    """Other users of the machine reach Ray's servers at loopback; the token is what keeps them out."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment["PYTHONPATH"] = str(REPOSITORY)
     done = subprocess.run([sys.executable, "-c", PRIVATE], env=environment, capture_output=True, text=True, timeout=500)
