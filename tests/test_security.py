@@ -52,10 +52,14 @@ from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.runner import protect_private_cluster
 protect_private_cluster()
 from cvdd_ray.runner.cluster import connect, disconnect
-connect(RuntimeConfig(num_cpus=1, object_store_mb=75))
 import ray
+from ray._private import ray_constants
+usual = ray_constants.ENABLE_RAY_CLUSTER
+connect(RuntimeConfig(num_cpus=1, object_store_mb=75))
+assert ray_constants.ENABLE_RAY_CLUSTER == usual
+ray.get(ray.remote(lambda: None).remote())  # a worker listens, too
 family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-ports = [connection.laddr.port for process in family for connection in process.net_connections("inet")
+ports = [(process.name(), *connection.laddr) for process in family for connection in process.net_connections("inet")
          if connection.status == psutil.CONN_LISTEN]
 ASK = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None))"
 where = ray.get_runtime_context().gcs_address
@@ -69,15 +73,16 @@ print(json.dumps({"ports": ports, "asked": asked}))
 """
 
 
-def test_a_private_ray_answers_to_its_token_alone_and_has_no_dashboard():
+def test_a_private_ray_listens_on_loopback_answers_to_its_token_alone_and_has_no_dashboard():
     """Other users of the machine reach Ray's servers at loopback; the token is what keeps them out."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment["PYTHONPATH"] = str(REPOSITORY)
     done = subprocess.run([sys.executable, "-c", PRIVATE], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ports"]
-    assert 8265 not in found["ports"]
+    assert {"raylet", "gcs_server"} <= {name for name, _, _ in found["ports"]}
+    assert {at.removeprefix("::ffff:") for _, at, _ in found["ports"]} == {"127.0.0.1"}
+    assert 8265 not in {port for _, _, port in found["ports"]}
     assert found["asked"]["owner"][0] == 0, found
     assert found["asked"]["another"][0] != 0
     assert "nauthenticated" in found["asked"]["another"][1] or "token" in found["asked"]["another"][1]

@@ -68,7 +68,7 @@ class SynthesisWork:
 
     @property
     def plain(self) -> dict[str, float]:
-        """What a voter of either side needs besides weights; ours may be compiled."""
+        """What a voter of either side needs besides weights."""
         return {"bn_weight": self.voter.bn_weight, "first_bn_multiplier": self.voter.first_bn_multiplier}
 
     def start_of(self, job: Job) -> torch.Tensor:
@@ -80,10 +80,8 @@ class SynthesisWork:
 
 
 def our_synthesis(work: SynthesisWork) -> Round:
-    compile = work.voter.compile
-    voters = {
-        name: Voter(random_network(network), **work.plain, compile=compile) for name, network in work.experts.items()
-    }
+    settings = {**work.plain, "compile": work.voter.compile}
+    voters = {name: Voter(random_network(network), **settings) for name, network in work.experts.items()}
     committee = LocalCommittee(voters)
 
     def round_() -> int:

@@ -17,7 +17,7 @@ from rich.text import Text
 from cvdd_ray.data.remote import without_secrets
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError, ConfigError
-from cvdd_ray.stages.arms import CEILING, OURS, OURS_HARD, REGIMES, TRAINING_SETS
+from cvdd_ray.stages.arms import CEILING, OURS, REGIMES, TRAINING_SETS, sized_rows
 from cvdd_ray.stages.costsheet import StageCost, stage_costs
 from cvdd_ray.stages.planreport import flops, size
 from cvdd_ray.stages.report import pipes, spread
@@ -79,15 +79,11 @@ def compare(folders: Sequence[str], arm: str | None = None) -> Comparison:
         for entry in entries_of(name, folder, arm)
     ]
     ranked, notes = [], []
-    for ipc, student, regime in sorted(
-        {_kind(entry) for entry in found}, key=lambda k: (*k[:2], list(REGIMES).index(k[2]))
-    ):
-        group = [entry for entry in found if _kind(entry) == (ipc, student, regime)]
+    for kind in sorted({_kind(entry) for entry in found}):
+        group = [entry for entry in found if _kind(entry) == kind]
         group.sort(key=lambda entry: -entry.row.last_mean)
-        differences, what = (
-            differing([entry.protocol for entry in group]),
-            f"IPC {ipc}, {student}, labels {REGIMES[regime]}",
-        )
+        differences = differing([entry.protocol for entry in group])
+        what = f"IPC {group[0].ipc}, {group[0].student}, labels {REGIMES[group[0].row.regime]}"
         if differences:
             notes.append(f"not ranked, {what}: the runs differ in {_said(differences, group)}")
         elif len(group) > 1:
@@ -100,8 +96,9 @@ def compare(folders: Sequence[str], arm: str | None = None) -> Comparison:
     return Comparison(tuple(ranked), tuple(notes))
 
 
-def _kind(entry: Entry) -> tuple[int, str, str]:
-    return entry.ipc, entry.student, entry.row.regime
+def _kind(entry: Entry) -> tuple[int, str, int]:
+    """Return what entries that may be ranked together share, in the order in which they are shown."""
+    return entry.ipc, entry.student, list(REGIMES).index(entry.row.regime)
 
 
 def short_names(folders: Sequence[str]) -> list[str]:
@@ -123,9 +120,8 @@ def entries_of(name: str, folder: str, arm: str | None) -> list[Entry]:
         )
     reader = RunReader(store)
     summary = read_summary(reader)
-    if arm is None:
-        there = {row.arm for one in summary.ipcs for row in one.rows}
-        arm = OURS_HARD if OURS_HARD in there and OURS not in there else OURS
+    own = sized_rows(reader.config)[0] if reader.config else OURS
+    arm = arm or own
     costs, entries = stage_costs(reader), []
     for one in summary.ipcs:
         stage = f"evaluate/ipc{one.ipc}"
@@ -138,7 +134,7 @@ def entries_of(name: str, folder: str, arm: str | None) -> list[Entry]:
     if not entries:
         raise ArtifactError(
             f"{summary.where} has no results of {arm!r}; make them with `cvdd evaluate`"
-            + ("" if arm == OURS else f" and {arm} among evaluate.baselines")
+            + ("" if arm in (OURS, own) else f" and {arm} among evaluate.baselines")
         )
     return entries
 

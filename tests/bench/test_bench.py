@@ -8,9 +8,9 @@ import torch
 from helpers import normal, tiny_net
 from PIL import Image
 
-from cvdd_ray.bench import reference
+from cvdd_ray.bench import reference, works
 from cvdd_ray.bench.sides import Comparison, Side, Timing, compare
-from cvdd_ray.bench.unreal import as_pil, random_pixels
+from cvdd_ray.bench.unreal import as_pil, random_pixels, unreal_run
 from cvdd_ray.core.augment import Views
 from cvdd_ray.core.committee import LocalCommittee, Voter
 from cvdd_ray.core.softlabels import BatchPlan, Teacher, batch_views, committee_logits, epoch_plans
@@ -18,6 +18,7 @@ from cvdd_ray.core.students import StudentSettings, StudentTraining, adamw_group
 from cvdd_ray.core.synthesis import Job, SynthesisSettings, SynthesisState, distill_group
 from cvdd_ray.data.datasets import Normalization, network_inputs
 from cvdd_ray.errors import CvddError
+from cvdd_ray.recipes import load_config, with_settings
 
 SIZE = 8
 PLAIN = Normalization((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -106,6 +107,16 @@ def dying():
     import os
 
     os._exit(7)
+
+
+def test_our_synthesis_is_compiled_if_it_is_asked_for(monkeypatch):
+    config, asked = load_config("cifar10-cpu", ["synthesize.compile=true"]), []
+    monkeypatch.setattr(works, "Voter", lambda net, **settings: asked.append(settings["compile"]))
+    reference.require_known(config, "synthesis")
+    for compile in (True, False):
+        run = unreal_run(with_settings(config, {"synthesize.compile": compile}), None)
+        works.our_synthesis(works.synthesis_work(run, 1, 1))
+    assert asked == [True, True, False, False]  # IPC 1: a pair
 
 
 def test_ratio_units_and_memory_of_sides_that_are_known():

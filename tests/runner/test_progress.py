@@ -62,6 +62,17 @@ def test_the_time_until_workers_are_there_does_not_count_for_the_rate(monkeypatc
     assert "1.0/10 pieces (10 %), 1.0/min, 9:00 left" in stream.getvalue()
 
 
+def test_no_rate_is_told_from_a_moment(monkeypatch):
+    time, stream = Clock(monkeypatch), io.StringIO()
+    progress = LiveProgress(Console(file=stream, width=200, highlight=False), line_every_s=0)
+    progress.start("cut patches", 4, "pieces")
+    time.now += 10
+    progress.event("task_started", {"what": "00000", "host": "node7"})
+    time.now += 0.0001
+    progress.update(1)
+    assert stream.getvalue().splitlines()[-1].endswith("1.0/4 pieces (25 %), 0.0/min, time left unknown")
+
+
 def test_failures_are_said_once_and_counted_from_then_on(monkeypatch):
     time, stream = Clock(monkeypatch), io.StringIO()
     progress = LiveProgress(Console(file=stream, width=200, highlight=False), line_every_s=10)
