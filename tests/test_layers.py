@@ -1,9 +1,15 @@
 """The architecture's two rules about imports: they point down, and only runner/ knows Ray."""
 
 import ast
+import subprocess
+import sys
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
+
+import cvdd_ray
+from cvdd_ray import api
 
 PACKAGE = Path(__file__).parent.parent / "cvdd_ray"
 LAYERS = {
@@ -25,6 +31,7 @@ LAYERS = {
     "stages": 3,
     "bench": 4,
     "runner": 4,
+    "api": 5,
     "cli": 5,
     "comparing": 5,
 }
@@ -65,12 +72,27 @@ def test_only_the_runner_imports_ray(path):
     assert not [name for name in imports_of(path) if name == "ray" or name.startswith("ray.")]
 
 
-def test_importing_the_library_does_not_import_ray():
-    import subprocess
-    import sys
-
-    code = "import cvdd_ray, sys; assert 'ray' not in sys.modules, 'ray was imported'"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("cvdd_ray.api", "ray"),  # the library without the runner
+        ("cvdd_ray.cli, cvdd_ray.recipes.overview", "torch"),  # commands that only read settings
+        ("cvdd_ray.runner.mailbox", "torch"),
+        ("cvdd_ray.runner.actors", "torchvision"),  # coordinators, which ask others
+    ],
+)
+def test_what_is_heavy_is_loaded_only_where_it_is_needed(modules, heavy):
+    code = f"import sys, {modules}; assert {heavy!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_library_is_what_it_lists():
+    assert [name for name in cvdd_ray.__all__ if getattr(cvdd_ray, name) is not getattr(api, name)] == []
+    public = [name for name, value in vars(api).items() if not name.startswith("_") and not ismodule(value)]
+    assert sorted(public) == sorted(cvdd_ray.__all__)
+    assert set(cvdd_ray.__all__) <= set(dir(cvdd_ray))
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        cvdd_ray.distil  # noqa: B018
 
 
 def test_files_stay_small():

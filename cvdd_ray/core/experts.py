@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cvdd_ray.core.models import build_model, weights_from_bytes
-
 KEPT_BYTES = 2**28
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -27,6 +25,11 @@ class ExpertSpec:
 
     def build(self, device: str | torch.device = "cpu") -> nn.Module:
         """Return the network in eval mode on `device`."""
+        from cvdd_ray.core.models import (  # seconds that an actor which asks others is spared
+            build_model,
+            weights_from_bytes,
+        )
+
         with torch.random.fork_rng(devices=[]):
             model = build_model(self.name, self.num_classes, self.image_size, width=self.width)
         weights_from_bytes(model, self.weights)

@@ -1,13 +1,17 @@
 """The only folder that imports Ray: actors, the committee over actors, the cluster and the live progress."""
 
+from __future__ import annotations
+
 import os
 import secrets
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from cvdd_ray.config import RuntimeConfig
-from cvdd_ray.data.storage import Store
-from cvdd_ray.stages.runtime import Runtime
+if TYPE_CHECKING:  # what is heavy is loaded where it is needed: every actor loads this module
+    from cvdd_ray.config import RuntimeConfig
+    from cvdd_ray.data.storage import Store
+    from cvdd_ray.stages.runtime import Runtime
 
 
 def start_runtime(

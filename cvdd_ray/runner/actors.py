@@ -4,7 +4,6 @@ In calls numpy travels, never torch tensors: a torch tensor in a call is pickled
 """
 
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock, Thread
@@ -20,6 +19,7 @@ from cvdd_ray.core.experts import ExpertSpec, prepare_torch
 from cvdd_ray.data.storage import Store
 from cvdd_ray.runner.committee import RayCommittee
 from cvdd_ray.runner.connection import Meeting, answer_all
+from cvdd_ray.runner.mailbox import tell
 from cvdd_ray.runner.measured import CheckpointStore, CountedCommittee, IdleShare, MeasuredVoter, Spent
 from cvdd_ray.runner.recovery import is_device_error
 from cvdd_ray.stages.grouptask import GroupTask, Notice, VoterSettings, run_group
@@ -178,30 +178,3 @@ def _run_group(
         lambda report: mailbox.put.remote(name, report),
         notice,
     )
-
-
-def tell(mailbox: Any, event: str, what: str, work: str, **facts: Any) -> None:
-    """Tell the driver of an event: `what` it happened to, and Ray's id of the actor or task, which it keeps when it is
-    started again after a failure."""
-    mailbox.tell.remote({"event": event, "what": what, "work": work, "host": socket.gethostname(), **facts})
-
-
-class Mailbox:
-    """What workers tell the driver: the latest report of every piece of work, and all events in between."""
-
-    def __init__(self):
-        self._reports: dict[str, dict] = {}
-        self._events: list[dict] = []
-
-    def put(self, name: str, report: dict) -> None:
-        unsaid = {"say": self._reports[name]["say"]} if "say" in self._reports.get(name, {}) else {}
-        self._reports[name] = {**unsaid, **report}
-
-    def tell(self, event: dict) -> None:
-        self._events.append(event)
-
-    def take(self) -> tuple[dict[str, dict], list[dict]]:
-        """Return and forget the reports and events that have arrived since the last call."""
-        taken = self._reports, self._events
-        self._reports, self._events = {}, []
-        return taken

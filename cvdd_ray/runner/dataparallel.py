@@ -16,8 +16,8 @@ from ray.train.torch import TorchTrainer
 from cvdd_ray.core.experts import prepare_torch
 from cvdd_ray.core.workers import Workers
 from cvdd_ray.errors import CvddError
-from cvdd_ray.runner.actors import tell
 from cvdd_ray.runner.cluster import Share
+from cvdd_ray.runner.mailbox import tell
 
 # Read when ray.train is imported: its second version also where that is not yet the default, and relative paths of the
 # data stay what they are.

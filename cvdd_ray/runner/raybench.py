@@ -25,10 +25,11 @@ from cvdd_ray.core.synthesis import Job
 from cvdd_ray.data.datasets import DatasetInfo
 from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ConfigError
-from cvdd_ray.runner.actors import Coordinator, ExpertActor, Mailbox
+from cvdd_ray.runner.actors import Coordinator, ExpertActor
 from cvdd_ray.runner.cluster import Share, places_with
 from cvdd_ray.runner.committee import RayCommittee
 from cvdd_ray.runner.crews import remote_class
+from cvdd_ray.runner.mailbox import Mailbox
 from cvdd_ray.runner.runtime import RayRuntime
 from cvdd_ray.runner.wires import WIRES
 from cvdd_ray.stages.context import Run

@@ -16,9 +16,9 @@ from cvdd_ray.config import RuntimeConfig
 from cvdd_ray.core.costs import Network, forward_cost
 from cvdd_ray.core.experts import prepare_torch
 from cvdd_ray.errors import CvddError, NumericsError
-from cvdd_ray.runner.actors import Mailbox, tell
 from cvdd_ray.runner.cluster import connect, gpu_memory, places_with, student_share, task_share, worker_bundles
 from cvdd_ray.runner.crews import Colocated, Experts, Spread
+from cvdd_ray.runner.mailbox import Mailbox, tell
 from cvdd_ray.runner.metrics import record
 from cvdd_ray.runner.recovery import (
     MAX_LOSSES,

@@ -4,6 +4,7 @@ Only small things pass through the driver: a task names its starting images, a r
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from cvdd_ray.data.storage import Store
 from cvdd_ray.errors import ArtifactError
 
 PARITY_JPEG = "jpeg75_trunc"
-REPORT_S = 30.0  # a group says that it is alive at least as often as an iteration or this allows
+REPORT_S = 0.5  # between two reports of a group
 COMPILE_S = 3600.0  # allowed for compiling an iteration's votes
 MEMORY = "memory/"  # of an expert's statistics, in a checkpoint
 
@@ -162,9 +163,9 @@ def run_group(
     """Finish a group, from its checkpoint if there is a sound one, write its piece, and return as JSON the piece's
     `sha256` and the `trace`: rows (iteration, image index, chunk, expert, cross-entropy, BN term).
 
-    `report` gets {"done": share of the iterations, "experts": {name: (cross-entropy, BN term)}} about once per percent, or
-    per REPORT_S, and {"say": text} for a checkpoint that is damaged; the group then begins again.  Raises StoppedError where
-    the notice asks to stop.
+    `report` gets {"done": share of the iterations, "experts": {name: (cross-entropy, BN term)}} after the first iteration,
+    the last, and every REPORT_S between them, and {"say": text} for a checkpoint that is damaged; the group then begins
+    again.  Raises StoppedError where the notice asks to stop.
     """
     state = kept_state(task, store, report)
     if state is None:
@@ -177,13 +178,11 @@ def run_group(
         memory={name: rows.to(device) for name, rows in state.memory.items()},
     )
     iterations = task.settings.iterations
-    every = max(1, iterations // 100)
-    noticed, reported = 0 if notice.stopping else notice.asked, time.monotonic()
+    noticed, reported = 0 if notice.stopping else notice.asked, -math.inf
 
     def on_progress(state: SynthesisState) -> None:
         nonlocal noticed, reported
-        due = state.iteration % every == 0 or state.iteration == iterations
-        if due or time.monotonic() - reported >= REPORT_S:
+        if state.iteration == iterations or time.monotonic() - reported >= REPORT_S:
             reported = time.monotonic()
             latest = {name: (ce, bn) for _, _, name, ce, bn in state.trace[-4 * len(task.jobs) :]}
             report({"done": state.iteration / iterations, "experts": latest})
