@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import psutil
 import ray
@@ -29,13 +30,13 @@ from cvdd_ray.runner.actors import Coordinator, ExpertActor
 from cvdd_ray.runner.cluster import Share, places_with
 from cvdd_ray.runner.committee import RayCommittee
 from cvdd_ray.runner.crews import remote_class
-from cvdd_ray.runner.mailbox import Mailbox
 from cvdd_ray.runner.runtime import RayRuntime
 from cvdd_ray.runner.wires import WIRES
 from cvdd_ray.stages.context import Run
 from cvdd_ray.stages.grouptask import GroupTask, NoiseStarts
 
 ITERATIONS = 40  # of a round
+WARM_UP = 3  # iterations before a round
 MESSAGES = 20  # of a round, timed one by one
 NOWHERE = Share(0.0, 0.0)  # actors of a private Ray ask for no cores: they share what there is
 Spread = tuple[float, float, float]  # median, least and most of the rounds
@@ -148,15 +149,18 @@ def measure_ray(
     if "wire" in what:
         two = with_two_voters(work)
         with private_ray(run, "spread") as (runtime, store):
-            crew, echo = Crew(two, run, store), Echoes(two, run)
+            crew = Crew(two, run, store, runtime.mailbox)
             made = {wire: [] for wire in WIRES}
+            for number in range(rounds):
+                for wire in WIRES:
+                    made[wire].append(crew.round(number, wire))
+            crew.close()
+            echo = Echoes(two, run)
             taken = {wire: [] for wire in WIRES}
             for number in range(-1, rounds):
                 for wire in WIRES:
-                    one, seconds = crew.round(number, wire), echo.round(wire)
-                    if number >= 0:  # before, networks are built, connections made, and the allocator warm
-                        made[wire].append(one)
-                        taken[wire] += seconds
+                    seconds = echo.round(wire)
+                    taken[wire] += seconds if number >= 0 else []  # before, connections are made
         costs = replace(
             costs, wires={wire: tuple(those) for wire, those in made.items()}, message_bytes=echo.message_bytes,
             messages_s={wire: tuple(those) for wire, those in taken.items()},
@@ -190,6 +194,7 @@ class Observed(RayRuntime):
     def __init__(self, c):
         self.on_first: Callable[[], None] | None = None
         super().__init__(c, self._heard)
+        self.mailbox = self._mailbox
 
     def _heard(self, event: str, _facts: Mapping) -> None:
         if event == "group_assigned" and self.on_first is not None:
@@ -219,46 +224,52 @@ def with_two_voters(work: SynthesisWork) -> SynthesisWork:
 
 
 class Crew:
-    """An actor per expert, and a coordinator per wire, of which one works at a time."""
+    """An actor per expert, and one coordinator at a time: every process of Ray, idle or not, wakes a hundred times a second,
+    so there are no more than a run has."""
 
-    def __init__(self, work: SynthesisWork, run: Run, store: Store):
-        c = run.config.runtime
-        self._work, self._info, self._in_flight = work, run.info, c.groups_in_flight
-        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    def __init__(self, work: SynthesisWork, run: Run, store: Store, mailbox: Any):
+        self._c, self._work, self._info, self._store, self._mailbox = run.config.runtime, work, run.info, store, mailbox
         expert = remote_class(ExpertActor, NOWHERE)
         self._experts = {
-            name: [expert.remote(random_expert(network), work.voter, c.threads_per_actor, mailbox)]
+            name: [expert.remote(random_expert(network), work.voter, self._c.threads_per_actor, mailbox)]
             for name, network in work.experts.items()
-        }
-        coordinator = remote_class(Coordinator, NOWHERE, max_concurrency=self._in_flight + 1)
-        self._coordinators = {
-            wire: coordinator.remote(0, store, mailbox, c.threads_per_actor, c.hung_s, wire) for wire in WIRES
         }
 
     def round(self, number: int, wire: str) -> Wire:
-        """Run all groups once and return what it took."""
+        """Run all groups once, over this wire, and return what it took."""
+        c = self._c
+        coordinator = remote_class(Coordinator, NOWHERE, max_concurrency=c.groups_in_flight + 1)
+        self._coordinator = coordinator.remote(0, self._store, self._mailbox, c.threads_per_actor, c.hung_s, wire)
+        few = replace(self._work, settings=replace(self._work.settings, iterations=WARM_UP))
+        self._distill(few, f"{wire}-before{number}")  # networks are built, connections made, and the allocator is warm
         before, began = self._spent(), time.perf_counter()
-        waiting, running = list(enumerate(self._work.groups)), []
-        while waiting or running:
-            while waiting and len(running) < self._in_flight:
-                g, group = waiting.pop(0)
-                title = f"{wire}-round{number}-group{g}"
-                task = group_task(self._work, self._info, title, group)
-                running.append(self._coordinators[wire].run_group.remote(title, task, self._experts))
-            done, running = ray.wait(running)
-            ray.get(done)
+        self._distill(self._work, f"{wire}-round{number}")
         wall_s, after = time.perf_counter() - began, self._spent()
+        ray.kill(self._coordinator)
         cpu, wall = (
             {name: late[name] - early[name] for name in late} for early, late in zip(before, after, strict=True)
         )
         votes, votes_wall = ({name: spent[name] for name in self._experts} for spent in (cpu, wall))
-        steps = sum(cpu[name] for name in self._coordinators)
-        return Wire(wall_s, votes, steps, cpu["all"], votes_wall, self._work.units())
+        return Wire(wall_s, votes, cpu["steps"], cpu["all"], votes_wall, self._work.units())
+
+    def _distill(self, work: SynthesisWork, title: str) -> None:
+        waiting, running = list(enumerate(work.groups)), []
+        while waiting or running:
+            while waiting and len(running) < self._c.groups_in_flight:
+                g, group = waiting.pop(0)
+                task = group_task(work, self._info, f"{title}-group{g}", group)
+                running.append(self._coordinator.run_group.remote(f"{title}-group{g}", task, self._experts))
+            done, running = ray.wait(running)
+            ray.get(done)
+
+    def close(self) -> None:
+        for (actor,) in self._experts.values():
+            ray.kill(actor)
 
     def _spent(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the seconds of CPU and of the clock so far, by expert, of steps by wire, and (CPU) of all processes."""
+        """Return the seconds of CPU and of the clock so far, by expert, of steps, and (CPU) of all processes."""
         refs = {name: actors[0].spent.remote() for name, actors in self._experts.items()}
-        refs |= {wire: coordinator.spent.remote() for wire, coordinator in self._coordinators.items()}
+        refs["steps"] = self._coordinator.spent.remote()
         sums = dict(zip(refs, ray.get(list(refs.values())), strict=True))
         cpu = {name: cpu_s for name, (_, cpu_s, _) in sums.items()}
         return {**cpu, "all": tree_cpu_s()}, {name: wall_s for name, (_, _, wall_s) in sums.items()}

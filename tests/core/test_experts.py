@@ -9,7 +9,7 @@ FAULTS = """
 import resource, torch
 from cvdd_ray.core.experts import prepare_torch
 prepare_torch(1, keep_memory={keep})
-for _ in range(3):  # blocks larger than what the allocator takes from the heap by itself
+for _ in range(10):  # until the heap has room for both; blocks larger than what the allocator takes from the heap by itself
     torch.ones(2**25), torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
