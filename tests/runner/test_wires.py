@@ -173,7 +173,7 @@ def test_an_expert_that_dies_or_hangs_while_it_votes_is_asked_again(expert, tmp_
     committee = RayCommittee(
         {"a": [actor]}, hung_s=120.0, on_failure=lambda kind, name: failures.append((kind, name)), wire="torch"
     )
-    committee._wire._hung_s = 3.0  # not of what is asked over Ray, which may have to start the actor first
+    committee._wire._hung_s = 10.0  # not of what is asked over Ray, which may have to start the actor first
     local = local_committee({"a": spec()}, VOTER, torch.device("cpu")).vote({"a": ballot()})
     for told in ([("connection_lost", "a")], [("connection_lost", "a"), ("expert_hung", "a")]):
         assert same(local, committee.vote({"a": ballot()}))
