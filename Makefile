@@ -8,8 +8,8 @@ export RAY_USAGE_STATS_ENABLED = 0
 demo: $(VENV)/installed  ## distil the bundled digits, 5 to 8 minutes on 2 cores
 	$(BIN)/cvdd run digits-demo --out runs/demo
 
-test: $(VENV)/installed  ## all tests, two files at a time, no GPU or network needed
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+test: $(VENV)/installed  ## all tests, no GPU or network needed
+	$(BIN)/pytest
 
 test-cluster: $(VENV)/installed  ## three machines in network namespaces; needs root, Linux, sshd and rsync
 	$(BIN)/pytest -m cluster tests/cluster
