@@ -1,4 +1,4 @@
-"""The architecture's two rules about imports: they point down, and only runner/ knows Ray."""
+"""The architecture's rules about imports: they point down, only runner/ knows Ray, what is heavy is loaded late."""
 
 import ast
 import subprocess

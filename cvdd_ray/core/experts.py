@@ -25,10 +25,8 @@ class ExpertSpec:
 
     def build(self, device: str | torch.device = "cpu") -> nn.Module:
         """Return the network in eval mode on `device`."""
-        from cvdd_ray.core.models import (  # seconds that an actor which asks others is spared
-            build_model,
-            weights_from_bytes,
-        )
+        # here, since it loads torchvision: seconds that an actor which asks others is spared
+        from cvdd_ray.core.models import build_model, weights_from_bytes
 
         with torch.random.fork_rng(devices=[]):
             model = build_model(self.name, self.num_classes, self.image_size, width=self.width)

@@ -238,38 +238,39 @@ class Crew:
     def round(self, number: int, wire: str) -> Wire:
         """Run all groups once, over this wire, and return what it took."""
         c = self._c
-        coordinator = remote_class(Coordinator, NOWHERE, max_concurrency=c.groups_in_flight + 1)
-        self._coordinator = coordinator.remote(0, self._store, self._mailbox, c.threads_per_actor, c.hung_s, wire)
+        remote = remote_class(Coordinator, NOWHERE, max_concurrency=c.groups_in_flight + 1)
+        coordinator = remote.remote(0, self._store, self._mailbox, c.threads_per_actor, c.hung_s, wire)
         few = replace(self._work, settings=replace(self._work.settings, iterations=WARM_UP))
-        self._distill(few, f"{wire}-before{number}")  # networks are built, connections made, and the allocator is warm
-        before, began = self._spent(), time.perf_counter()
-        self._distill(self._work, f"{wire}-round{number}")
-        wall_s, after = time.perf_counter() - began, self._spent()
-        ray.kill(self._coordinator)
+        # networks are built, connections made, and the allocator is warm
+        self._distill(coordinator, few, f"{wire}-before{number}")
+        before, began = self._spent(coordinator), time.perf_counter()
+        self._distill(coordinator, self._work, f"{wire}-round{number}")
+        wall_s, after = time.perf_counter() - began, self._spent(coordinator)
+        ray.kill(coordinator)
         cpu, wall = (
             {name: late[name] - early[name] for name in late} for early, late in zip(before, after, strict=True)
         )
         votes, votes_wall = ({name: spent[name] for name in self._experts} for spent in (cpu, wall))
         return Wire(wall_s, votes, cpu["steps"], cpu["all"], votes_wall, self._work.units())
 
-    def _distill(self, work: SynthesisWork, title: str) -> None:
-        waiting, running = list(enumerate(work.groups)), []
+    def _distill(self, coordinator: Any, work: SynthesisWork, title: str) -> None:
+        tasks = {f"{title}-group{g}": group for g, group in enumerate(work.groups)}
+        waiting, running = [(name, group_task(work, self._info, name, group)) for name, group in tasks.items()], []
         while waiting or running:
             while waiting and len(running) < self._c.groups_in_flight:
-                g, group = waiting.pop(0)
-                task = group_task(work, self._info, f"{title}-group{g}", group)
-                running.append(self._coordinator.run_group.remote(f"{title}-group{g}", task, self._experts))
+                running.append(coordinator.run_group.remote(*waiting.pop(0), self._experts))
             done, running = ray.wait(running)
             ray.get(done)
 
     def close(self) -> None:
+        """End the experts' actors."""
         for (actor,) in self._experts.values():
             ray.kill(actor)
 
-    def _spent(self) -> tuple[dict[str, float], dict[str, float]]:
+    def _spent(self, coordinator: Any) -> tuple[dict[str, float], dict[str, float]]:
         """Return the seconds of CPU and of the clock so far, by expert, of steps, and (CPU) of all processes."""
         refs = {name: actors[0].spent.remote() for name, actors in self._experts.items()}
-        refs["steps"] = self._coordinator.spent.remote()
+        refs["steps"] = coordinator.spent.remote()
         sums = dict(zip(refs, ray.get(list(refs.values())), strict=True))
         cpu = {name: cpu_s for name, (_, cpu_s, _) in sums.items()}
         return {**cpu, "all": tree_cpu_s()}, {name: wall_s for name, (_, _, wall_s) in sums.items()}

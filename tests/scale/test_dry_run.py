@@ -12,7 +12,7 @@ from cvdd_ray import load_distilled
 from cvdd_ray.data.artifacts import Artifacts, Store
 from cvdd_ray.data.shards import shard_files
 
-NUMBERS = ["--size=66", "--ipc=2", "--per-class=4", "--factor=1", "--listed=0", "--iterations=1", "--epochs=2"]
+NUMBERS = ["--size=66", "--ipc=2", "--per-class=9", "--listed=0", "--iterations=1", "--epochs=2"]
 
 
 @pytest.fixture(scope="module")
